@@ -1,0 +1,89 @@
+"""What every benchmark shares: a ratio with a goal, and timings that two rivals take in turns.
+
+Two blocks that are timed one after the other are compared with whatever else the machine did meanwhile. `paired`
+alternates them, and takes the median of the ratios of neighbours, so that a slow second hits both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One benchmark figure: ours over theirs (or a count, or seconds), its goal, and which direction is better.
+
+    Args:
+        name: what is compared, in words.
+        value: the figure.
+        goal: the figure to reach; None where it is reported without one.
+        better: `"lower"` or `"higher"`.
+        detail: absolute figures, peer and its version, sizes.
+    """
+
+    name: str
+    value: float
+    goal: float | None = None
+    better: Literal["lower", "higher"] = "lower"
+    detail: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None without a goal."""
+        if self.goal is None:
+            return None
+        return self.value <= self.goal if self.better == "lower" else self.value >= self.goal
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Timings that two callables took in turns: medians in seconds, and the median ratio of neighbours."""
+
+    ratio: float
+    first: float
+    second: float
+    repeats: int
+
+    def __float__(self) -> float:
+        return self.ratio
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], repeats: int = 30, warmup: int = 3) -> Paired:
+    """Time two callables in turns and compare them pair by pair.
+
+    ratio = median over i of seconds(first, i) / seconds(second, i)
+
+    Args:
+        first: the measured side.
+        second: the peer.
+        repeats: number of pairs; the order within a pair alternates, because going second is not neutral.
+        warmup: untimed calls of each before.
+
+    Returns:
+        The median ratio and both medians in seconds.
+    """
+    for _ in range(warmup):
+        first()
+        second()
+    ones: list[float] = []
+    twos: list[float] = []
+    for i in range(repeats):
+        if i % 2 == 0:
+            ones.append(seconds(first))
+            twos.append(seconds(second))
+        else:
+            twos.append(seconds(second))
+            ones.append(seconds(first))
+    ratios = [a / b for a, b in zip(ones, twos, strict=True)]
+    return Paired(statistics.median(ratios), statistics.median(ones), statistics.median(twos), repeats)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
