@@ -1,0 +1,1 @@
+"""Numbers from predictions: classification, calibration, ranking, Pareto fronts, unlearning."""
