@@ -1,0 +1,186 @@
+"""What the command line prints: tables, progress, and errors as one paragraph.
+
+Results go to standard output, progress and errors to standard error, so that `poise claims --json | jq` works. On a
+terminal, progress is a live table; in a pipe, in a log file or in a notebook it is plain lines, because cursor
+movements have no meaning there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from poise.catalogue import Entry
+    from poise.claims import Progress
+    from poise.claims.runner import Row
+
+__all__ = ["Journal", "Terminal"]
+
+STATE_STYLE = {"holds": "green", "fails": "red", "not run": "yellow", "not built": "dim"}
+PLAIN_WIDTH = 160
+"""Columns of a table that is written to a pipe: wide enough that no figure is cut."""
+
+
+class Journal:
+    """The log file of `--log FILE`: one line an event, with the time before it; nothing without a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        from poise.errors import InputError
+
+        try:
+            self._file: IO[str] | None = path.open("a", encoding="utf-8") if path else None
+        except OSError as error:
+            raise InputError(
+                f"The log file {path} cannot be written: {error.strerror}. Choose another with --log."
+            ) from None
+
+    def write(self, line: str) -> None:
+        """Append one line, at once, so that a killed run leaves all that it said."""
+        if self._file:
+            print(f"{datetime.now().isoformat(timespec='seconds')} {line}", file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+class Terminal:
+    """Two consoles, one for results and one for progress, and what is printed on them.
+
+    Args:
+        quiet: no progress; results and errors only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
+        self.quiet = quiet
+
+    @property
+    def live(self) -> bool:
+        """Whether progress may redraw itself."""
+        return self.err.is_terminal and not self.quiet
+
+    def say(self, line: str) -> None:
+        """A line of progress."""
+        if not self.quiet:
+            self.err.print(Text(line), soft_wrap=True)
+
+    def print(self, *parts: Any) -> None:
+        """A part of the result."""
+        for part in parts:
+            self.out.print(part, soft_wrap=isinstance(part, str | Text))
+
+    def error(self, message: str) -> None:
+        """An error as one paragraph; line breaks of the message (a formula with its caret) are kept."""
+        text = Text("poise: ", style="bold red")
+        text.append(message, style="default")
+        self.err.print(text, soft_wrap=True)
+
+    def names(self, entries: Iterable[Entry]) -> None:
+        """The names of the formula language, one line each."""
+        entries = list(entries)
+        for kind, title in (("term", "Terms"), ("weight", "Weights")):
+            table = _plain_table(title)
+            table.add_column(no_wrap=True, style="bold")
+            table.add_column(overflow="fold")
+            for entry in entries:
+                if entry.kind == kind:
+                    table.add_row(entry.name, Text(entry.summary))
+            self.out.print(table)
+        self.out.print('\nWhat a formula means: [bold]poise explain "cross_entropy + 0.1*l2"[/bold]')
+
+    def claims(self, rows: list[Row]) -> None:
+        """The table of claims and a line that counts them."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("No.", justify="right")
+        table.add_column("State", no_wrap=True)
+        table.add_column("Paper", overflow="fold", ratio=2)
+        table.add_column("arXiv", no_wrap=True)
+        table.add_column("Room", overflow="fold", ratio=1)
+        for row in rows:
+            state = Text(row.state + ("" if row.current else " (older code)"), style=STATE_STYLE[row.state])
+            paper = Text(row.paper.title)
+            if row.measurement:
+                paper.append(f"\n{row.measurement.measured} ({row.measurement.seconds:.0f} s)", style="dim")
+            table.add_row(
+                str(row.paper.number), state, paper, row.paper.arxiv, Text(", ".join(row.paper.room), style="dim")
+            )
+        self.out.print(table)
+        counts = {state: sum(row.state == state for row in rows) for state in STATE_STYLE}
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+        self.out.print(
+            f"\n{len(rows)} papers: {summary}. Verdicts are measured on this machine by `poise claims run NUMBER`."
+        )
+
+    def finding(self, row: Row, statement: str, expected: str) -> None:
+        """One claim after its study: the paper's statement, what was expected, what was measured."""
+        measured = row.measurement
+        assert measured is not None
+        style = STATE_STYLE[row.state]
+        self.out.print(
+            f"\n[bold]{row.paper.number}  {escape(row.paper.title)}[/bold]  [dim]arXiv:{row.paper.arxiv}[/dim]"
+        )
+        table = _plain_table()
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        table.add_row("claim", Text(statement))
+        table.add_row("expected", Text(expected))
+        table.add_row("measured", Text(measured.measured))
+        table.add_row("verdict", Text(row.state, style=f"bold {style}"))
+        if measured.reason:
+            table.add_row("reason", Text(measured.reason))
+        table.add_row("took", Text(f"{measured.seconds:.1f} s on {measured.machine}"))
+        self.out.print(table)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """Progress of one piece of work: a bar with the time left, or a plain line every ten percent."""
+        if not self.live:
+            yield _Lines(self, title)
+            return
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda fraction, text: bar.update(task, completed=fraction, description=f"{title}  {text}")
+
+
+class _Lines:
+    """Progress as lines of text: one whenever another tenth is done, with the time left estimated from the past."""
+
+    def __init__(self, terminal: Terminal, title: str) -> None:
+        self._terminal = terminal
+        self._title = title
+        self._started = time.perf_counter()
+        self._tenths = -1
+
+    def __call__(self, fraction: float, text: str) -> None:
+        tenths = int(10 * fraction)
+        if tenths == self._tenths:
+            return
+        self._tenths = tenths
+        spent = time.perf_counter() - self._started
+        left = f", about {spent * (1 - fraction) / fraction:.0f} s left" if 0 < fraction < 1 else ""
+        self._terminal.say(f"{self._title}: {100 * fraction:.0f} % {text}{left}")
+
+
+def _console(stream: IO[str]) -> Console:
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+
+
+def _plain_table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
