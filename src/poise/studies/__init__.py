@@ -7,29 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 # Imported on first use: the report and the command line read summaries without loading PyTorch.
 _HOME = {
-    "Study": "study",
-    "StudyConfig": "config",
-    "StudyResult": "study",
-    "RunSpec": "spec",
-    "RunRecord": "spec",
-    "execute": "execute",
+    "DataSpec": "spec",
     "Engine": "engine",
     "LocalEngine": "engine",
+    "RunRecord": "spec",
+    "RunSpec": "spec",
     "Store": "store",
+    "Study": "study",
+    "StudyConfig": "config",
+    "StudyProgress": "study",
+    "StudyResult": "study",
     "Summary": "summary",
+    "execute": "execute",
     "summarize": "summary",
 }
 
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from poise.studies.config import StudyConfig
-    from poise.studies.engine import Engine, LocalEngine
-    from poise.studies.execute import execute
-    from poise.studies.spec import RunRecord, RunSpec
-    from poise.studies.store import Store
-    from poise.studies.study import Study, StudyResult
-    from poise.studies.summary import Summary, summarize
+    from poise.studies.config import StudyConfig as StudyConfig
+    from poise.studies.engine import Engine as Engine
+    from poise.studies.engine import LocalEngine as LocalEngine
+    from poise.studies.execute import execute as execute
+    from poise.studies.spec import DataSpec as DataSpec
+    from poise.studies.spec import RunRecord as RunRecord
+    from poise.studies.spec import RunSpec as RunSpec
+    from poise.studies.store import Store as Store
+    from poise.studies.study import Study as Study
+    from poise.studies.study import StudyProgress as StudyProgress
+    from poise.studies.study import StudyResult as StudyResult
+    from poise.studies.summary import Summary as Summary
+    from poise.studies.summary import summarize as summarize
 
 
 def __getattr__(name: str) -> Any:

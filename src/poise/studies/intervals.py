@@ -1,12 +1,12 @@
 """Student t intervals, paired differences and Holm's correction: all the statistics that a study states.
 
-A study repeats every formula on the same seeds, and a seed fixes both the split and the start of the model. So two formulas
-are compared seed by seed, and the interval is that of the mean of the paired differences,
+A study repeats every formula on the same seeds, and a seed fixes both the split and the start of the model. So two
+formulas are compared seed by seed, and the interval is that of the mean of the paired differences,
 
     mean(d) ± t(0.975, n - 1) * sd(d) / sqrt(n).
 
-With one seed, or with differences that are equal on every seed, the spread cannot be estimated. Then there is no interval,
-and the estimate says why; nothing here ever invents one.
+With one seed, or with differences that are equal on every seed, the spread cannot be estimated. Then there is no
+interval, and the estimate says why; nothing here ever invents one.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def t_interval(values: Sequence[float], *, level: float = LEVEL, variance_factor
             Nadeau and Bengio (Machine Learning 52, 2003), which allows for training sets that overlap between seeds.
 
     Returns:
-        The estimate; `lower` and `upper` are None where `n < 2`, where a value is not finite, or where all values are equal
-        and not zero.
+        The estimate; `lower` and `upper` are None where `n < 2`, where a value is not finite, or where all values are
+        equal and not zero.
 
     >>> round(t_interval([1.0, 2.0, 3.0]).upper, 4)
     4.4841
@@ -79,7 +79,7 @@ def t_interval(values: Sequence[float], *, level: float = LEVEL, variance_factor
         return Estimate(
             mean, None, None, 0.0, n, "the value is the same on every seed, so its spread cannot be estimated", level
         )
-    half = _t_quantile((1 + level) / 2, n - 1) * sd * math.sqrt(1 / n if variance_factor is None else variance_factor)
+    half = t_quantile((1 + level) / 2, n - 1) * sd * math.sqrt(1 / n if variance_factor is None else variance_factor)
     return Estimate(mean, mean - half, mean + half, sd, n, "", level)
 
 
@@ -100,7 +100,9 @@ def t_test(values: Sequence[float]) -> float | None:
     if estimate.sd == 0.0:
         return 1.0
     statistic = abs(estimate.mean) * math.sqrt(estimate.n) / estimate.sd
-    return float(2 * _special().stdtr(estimate.n - 1, -statistic))
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(estimate.n - 1, -statistic))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -134,15 +136,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     >>> round(t_quantile(0.975, 4), 3)
     2.776
     """
-    return _t_quantile(probability, degrees)
-
-
-def _t_quantile(probability: float, degrees: int) -> float:
-    return float(_special().stdtrit(degrees, probability))
-
-
-def _special():  # type: ignore[no-untyped-def]
     # scipy.special is the small part of SciPy that scipy.stats.t rests on; importing scipy.stats takes half a second.
-    import scipy.special
+    from scipy.special import stdtrit
 
-    return scipy.special
+    return float(stdtrit(degrees, probability))

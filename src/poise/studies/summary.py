@@ -3,9 +3,10 @@
 `summarize` is a pure function from finished runs to a `Summary`. The dataclasses hold only numbers, texts, tuples and
 dictionaries, so a summary can be written as JSON (`Summary.to_dict`) and drawn without PyTorch.
 
-Two rules hold everywhere. A difference is always paired by seed and always stands beside its interval; where no interval
-exists, the estimate carries the reason and no winner is named. Metrics are stored in their natural unit (accuracy in 0..1);
-`Metric.text` and `Metric.difference_text` write them for people (accuracy in percent, differences in points).
+Two rules hold everywhere. A difference is always paired by seed and always stands beside its interval; where no
+interval exists, the estimate carries the reason and no winner is named. Metrics are stored in their natural unit
+(accuracy in 0..1); `Metric.text` and `Metric.difference_text` write them for people (accuracy in percent, differences
+in points).
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Metric:
 class Curve:
     """One recorded quantity over the training steps of one formula: mean over seeds with a t band.
 
-    `lower` and `upper` hold None at steps with fewer than two seeds. `per_seed[seed]` has the length of `steps`, None where
-    that seed recorded nothing at the step.
+    `lower` and `upper` hold None at steps with fewer than two seeds. `per_seed[seed]` has the length of `steps`, None
+    where that seed recorded nothing at the step.
     """
 
     name: str
@@ -95,7 +96,8 @@ class FormulaSummary:
         seeds: the finished runs, one a seed, in the order of the seeds.
         failed_seeds: seeds whose run failed.
         metrics: test metrics by name (`accuracy`); `valid_metrics`: the same on the validation split.
-        curves: every recorded curve by its name (`loss`, `term/...`, `weight/...`, `active/...`, `valid/...`, `train/...`).
+        curves: every recorded curve by its name (`loss`, `term/...`, `weight/...`, `active/...`, `valid/...`,
+            `train/...`).
         selected: per `auto` weight and for `lr`, the value chosen on each seed (only where tuned).
     """
 
@@ -123,9 +125,10 @@ class Difference:
         formula, baseline: indices into `Summary.formulas`.
         metric: name of the test metric.
         estimate: mean difference over the shared seeds, with its t interval.
-        resampled: the same with the corrected resampled interval of Nadeau and Bengio (2003), which allows for the overlap
-            of training sets between seeds; None where there is no interval.
-        p, p_holm: two-sided p-value, plain and Holm-adjusted over the comparisons of this metric; None without an interval.
+        resampled: the same with the corrected resampled interval of Nadeau and Bengio (2003), which allows for the
+            overlap of training sets between seeds; None where there is no interval.
+        p, p_holm: two-sided p-value, plain and Holm-adjusted over the comparisons of this metric; None without an
+            interval.
         per_seed: the difference on each shared seed.
         verdict: `better` or `worse` only where the interval excludes zero and `p_holm <= 1 - level`.
         sentence: the finding in words.
@@ -166,8 +169,8 @@ class TermEffect:
 class TrialRow:
     """One trial of the search over `auto` weights and the learning rate.
 
-    `rung` counts the rounds of successive halving from 0; `score` is the primary metric on the validation split at the end
-    of the rung (None if failed); `selected` marks the trial whose values the final run took.
+    `rung` counts the rounds of successive halving from 0; `score` is the primary metric on the validation split at
+    the end of the rung (None if failed); `selected` marks the trial whose values the final run took.
     """
 
     formula: int
