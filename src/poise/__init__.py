@@ -42,8 +42,8 @@ _HOME: dict[str, str] = {
     "PoiseWarning": "errors",
 }
 _ROOMS = (
-    "after", "claims", "data", "errors", "insight", "metrics", "objective", "operators", "parts", "quantities", "readouts",
-    "recipes", "report", "search", "solvers", "streams", "studies", "tasks", "terms", "weights",
+    "after", "claims", "data", "errors", "insight", "metrics", "objective", "operators", "parts", "quantities",
+    "readouts", "recipes", "report", "search", "solvers", "streams", "studies", "tasks", "terms", "weights",
 )  # fmt: skip
 
 __all__ = ["__version__", *sorted(_HOME)]

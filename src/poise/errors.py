@@ -50,7 +50,9 @@ class MissingDependencyError(PoiseError, ImportError):
     """An optional library is not installed; the message gives the line that installs it."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {library}, which is not installed. Install it with: pip install 'poise[{extra}]'")
+        super().__init__(
+            f"{purpose} needs {library}, which is not installed. Install it with: pip install 'poise[{extra}]'"
+        )
         self.library = library
         self.extra = extra
 

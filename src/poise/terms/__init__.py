@@ -1,0 +1,83 @@
+"""What an objective charges for. The catalogue maps formula names to classes, which are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from poise.errors import InputError
+
+if TYPE_CHECKING:
+    from poise.objective import Term
+
+CATALOGUE: dict[str, str] = {
+    "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "confidence_penalty": "poise.terms.supervised:ConfidencePenalty",
+    "cross_entropy": "poise.terms.supervised:CrossEntropy",
+    "early_learning": "poise.terms.early_learning:EarlyLearning",
+    "focal": "poise.terms.supervised:Focal",
+    "huber": "poise.terms.supervised:Huber",
+    "kl": "poise.terms.supervised:KL",
+    "l1": "poise.terms.parameters:L1",
+    "l2": "poise.terms.parameters:L2",
+    "label_smoothing": "poise.terms.supervised:LabelSmoothing",
+    "least_squares": "poise.terms.supervised:LeastSquares",
+    "mixup": "poise.terms.supervised:Mixup",
+    "squared_error": "poise.terms.supervised:SquaredError",
+}
+"""Formula name -> "module:Class". One line a term; keep it sorted."""
+
+
+def load(place: str) -> Any:
+    """Import `"module:Class"`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def find(name: str) -> type[Term] | None:
+    """Return the class of a formula name, built in or defined by the user, or None."""
+    from poise.objective import _DEFINED
+
+    if name in CATALOGUE:
+        return load(CATALOGUE[name])  # type: ignore[no-any-return]
+    return _DEFINED.get(name)
+
+
+def names() -> list[str]:
+    """Return every formula name that is known now."""
+    from poise.objective import _DEFINED
+
+    return sorted({*CATALOGUE, *_DEFINED})
+
+
+def class_names() -> dict[str, str]:
+    """Return the built-in classes by class name."""
+    return {place.partition(":")[2]: place for place in CATALOGUE.values()}
+
+
+def register(term: type[Term], name: str | None = None) -> type[Term]:
+    """Make a term of your own known to formulas under `name`, or under its `formula`.
+
+    A term class that says `formula = "..."` registers itself when it is defined; this is for the others.
+
+    Raises:
+        InputError: the name belongs to a built-in term.
+    """
+    from poise.objective import _DEFINED
+
+    name = name or term.formula
+    if name in CATALOGUE:
+        raise InputError(f"{name!r} is a built-in term; choose another name.")
+    _DEFINED[name] = term
+    return term
+
+
+def __getattr__(name: str) -> Any:
+    place = class_names().get(name)
+    if place is None:
+        raise AttributeError(f"module 'poise.terms' has no attribute {name!r}")
+    return load(place)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *class_names()})

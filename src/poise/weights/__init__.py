@@ -1,0 +1,27 @@
+"""How a coefficient is set: a schedule, a constraint, or `auto` with a policy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "linear": "schedule",
+    "cosine": "schedule",
+    "exponential": "schedule",
+    "rampup": "schedule",
+    "piecewise": "schedule",
+    "Constraint": "constraint",
+    "constraint": "constraint",
+    "Auto": "auto",
+    "auto": "auto",
+    "MixingWeight": "mixing",
+    "optimal_mixing": "mixing",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'poise.weights' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"poise.weights.{_HOME[name]}"), name)

@@ -1,0 +1,188 @@
+"""Schedules: weights that are pure functions of the run's clock.
+
+Every schedule moves from `start` to `end` over a span of the run and stays there. The span is `steps` optimiser steps,
+or `epochs` passes, or the whole run where neither is given; `after` shifts its beginning, in the same unit (a share of
+the run for the whole run). With t in [0, 1] the share of the span that is over:
+
+    linear(start, end)        start + (end - start) * t
+    cosine(start, end)        end + (start - end) * (1 + cos(pi t)) / 2
+    exponential(start, end)   start * (end / start) ** t
+    rampup(end)               end * exp(-5 (1 - t)^2)                      (Laine and Aila, arXiv:1610.02242)
+    piecewise((at, value), ...)  the value of the last `at` that is reached
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from poise.coefficient import Clock, Coefficient, text
+from poise.errors import InputError
+
+
+def _arguments(schedule: Any, positional: int) -> str:
+    shown: list[str] = []
+    for position, field in enumerate(fields(schedule)):
+        value = getattr(schedule, field.name)
+        if position < positional:
+            shown.append(text(value))
+        elif value != field.default:
+            shown.append(f"{field.name}={text(value)}")
+    return ", ".join(shown)
+
+
+def _share(clock: Clock, steps: int | None, epochs: float | None, after: float) -> float:
+    """Return the share of the span that is over, in [0, 1]."""
+    if steps is not None:
+        over, span = clock.step - after, float(steps)
+    elif epochs is not None:
+        over, span = clock.step / clock.require("steps_per_epoch") - after, float(epochs)
+    else:
+        over, span = clock.progress - after, 1.0 - after
+    return min(1.0, max(0.0, over / span))
+
+
+def _check_span(name: str, steps: int | None, epochs: float | None, after: float) -> None:
+    if steps is not None and epochs is not None:
+        raise InputError(f"{name}: give its length in steps or in epochs, not in both.")
+    length = steps if steps is not None else epochs
+    if length is not None and length <= 0:
+        raise InputError(f"{name}: its length must be positive, and it is {length}.")
+    if after < 0 or (length is None and after >= 1):
+        raise InputError(
+            f"{name}: 'after' must lie in [0, 1) of the run, or be a number of steps or epochs >= 0; it is {after}."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class linear(Coefficient):
+    """A straight line from `start` to `end`: `start + (end - start) * t`.
+
+    Args:
+        start, end: the weight before and after the span.
+        steps: length of the span in optimiser steps; or
+        epochs: its length in passes over the main stream; or neither for the whole run.
+        after: where the span begins, in the same unit.
+
+    >>> linear(0, 1, steps=500).value(Clock(step=250))
+    0.5
+    """
+
+    start: float
+    end: float
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        _check_span("linear", self.steps, self.epochs, self.after)
+
+    def value(self, clock: Clock) -> float:
+        t = _share(clock, self.steps, self.epochs, self.after)
+        return self.start + (self.end - self.start) * t
+
+    def __str__(self) -> str:
+        return f"linear({_arguments(self, 2)})"
+
+
+@dataclass(frozen=True, repr=False)
+class cosine(Coefficient):
+    """Half a cosine from `start` to `end`: `end + (start - end) * (1 + cos(pi t)) / 2`. Arguments as `linear`."""
+
+    start: float
+    end: float
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        _check_span("cosine", self.steps, self.epochs, self.after)
+
+    def value(self, clock: Clock) -> float:
+        t = _share(clock, self.steps, self.epochs, self.after)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * t)) / 2
+
+    def __str__(self) -> str:
+        return f"cosine({_arguments(self, 2)})"
+
+
+@dataclass(frozen=True, repr=False)
+class exponential(Coefficient):
+    """A geometric path from `start` to `end`, both positive: `start * (end / start) ** t`. Arguments as `linear`."""
+
+    start: float
+    end: float
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        _check_span("exponential", self.steps, self.epochs, self.after)
+        if self.start <= 0 or self.end <= 0:
+            raise InputError(f"exponential: both ends must be positive, and they are {self.start} and {self.end}.")
+
+    def value(self, clock: Clock) -> float:
+        t = _share(clock, self.steps, self.epochs, self.after)
+        return float(self.start * (self.end / self.start) ** t)
+
+    def __str__(self) -> str:
+        return f"exponential({_arguments(self, 2)})"
+
+
+@dataclass(frozen=True, repr=False)
+class rampup(Coefficient):
+    """The ramp of temporal ensembling, `end * exp(-5 (1 - t)^2)`: almost 0 at first, `end` after the span.
+
+    Arguments as `linear`, without a start. Source: Laine and Aila, arXiv:1610.02242.
+    """
+
+    end: float
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        _check_span("rampup", self.steps, self.epochs, self.after)
+
+    def value(self, clock: Clock) -> float:
+        t = _share(clock, self.steps, self.epochs, self.after)
+        return self.end * math.exp(-5 * (1 - t) ** 2)
+
+    def __str__(self) -> str:
+        return f"rampup({_arguments(self, 1)})"
+
+
+class piecewise(Coefficient):
+    """Constant pieces: the value of the last `(at, value)` whose `at` is reached, in steps.
+
+    >>> piecewise((0, 1.0), (100, 0.1)).value(Clock(step=100))
+    0.1
+    """
+
+    def __init__(self, *pieces: tuple[int, float]) -> None:
+        starts = [at for at, _ in pieces]
+        if not pieces or starts[0] != 0 or starts != sorted(set(starts)):
+            raise InputError(f"piecewise: pieces are (step, value) with rising steps from 0, and these are {pieces}.")
+        self.pieces = pieces
+
+    def value(self, clock: Clock) -> float:
+        return next(value for at, value in reversed(self.pieces) if at <= clock.step)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, piecewise) and self.pieces == other.pieces
+
+    def __hash__(self) -> int:
+        return hash(self.pieces)
+
+    def __str__(self) -> str:
+        return f"piecewise({', '.join(f'({text(at)}, {text(value)})' for at, value in self.pieces)})"
+
+
+SCHEDULES: dict[str, Any] = {
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "rampup": rampup,
+    "piecewise": piecewise,
+}
