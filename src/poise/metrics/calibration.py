@@ -32,7 +32,7 @@ class Reliability(NamedTuple):
 
 
 class RiskCoverage(NamedTuple):
-    """Risk at every coverage: `curve` float64 `[examples]`, its mean `aurc`, and `eaurc`, what a better ranking saves."""
+    """Risk at every coverage: `curve` float64 `[examples]`, its mean `aurc`, `eaurc` what a better ranking saves."""
 
     curve: Tensor
     aurc: float
