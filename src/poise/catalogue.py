@@ -15,7 +15,7 @@ from pathlib import Path
 __all__ = ["Entry", "entries", "summary_of"]
 
 WEIGHTS = {
-    "auto": "poise.weights.auto:auto",
+    "auto": "poise.weights.auto:Auto",
     "constraint": "poise.weights.constraint:constraint",
     "linear": "poise.weights.schedule:linear",
     "cosine": "poise.weights.schedule:cosine",

@@ -131,8 +131,9 @@ def options(
 def terms(debug: Debug = False) -> int:
     """List what a formula may say: terms, and ways to set a weight, one line each."""
     from poise.catalogue import entries
+    from poise.tables import formula_names
 
-    _terminal().names(entries())
+    _terminal().print(*formula_names(entries()))
     return DONE
 
 
@@ -176,12 +177,13 @@ def claims(
 @command
 def _list_claims(*, as_json: bool, debug: bool) -> int:
     from poise.claims.runner import rows
+    from poise.tables import claim_rows
 
     listed = rows()
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in listed], indent=1))
     else:
-        _terminal().claims(listed)
+        _terminal().print(*claim_rows(listed))
     return DONE
 
 
@@ -200,6 +202,7 @@ def run_claims(
     A claim that honestly fails is a measured result, not a failed run: the exit code is 0.
     """
     from poise.claims.runner import load_claim, rows, run_claim
+    from poise.tables import claim_finding
 
     terminal = _terminal(quiet)
     claims = [load_claim(number) for number in dict.fromkeys(numbers)]
@@ -207,7 +210,7 @@ def run_claims(
         with terminal.progress(f"claim {claim.number}") as progress:
             run_claim(claim.number, full=full, seed=seed, progress=progress)
         if not as_json:
-            terminal.finding(rows([claim.number])[0], claim.statement, claim.expected)
+            terminal.print(*claim_finding(rows([claim.number])[0], claim))
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows([claim.number for claim in claims])], indent=1))
     return DONE

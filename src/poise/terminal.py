@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from poise.catalogue import Entry
     from poise.claims import Progress
-    from poise.claims.runner import Row
 
 __all__ = ["Journal", "Terminal"]
 
-STATE_STYLE = {"holds": "green", "fails": "red", "not run": "yellow", "not built": "dim"}
 PLAIN_WIDTH = 160
 """Columns of a table that is written to a pipe: wide enough that no figure is cut."""
 
@@ -81,69 +76,15 @@ class Terminal:
     def print(self, *parts: Any) -> None:
         """A part of the result."""
         for part in parts:
-            self.out.print(part, soft_wrap=isinstance(part, str | Text))
+            # Text from elsewhere is never read as markup: a formula may hold square brackets.
+            renderable = Text(part) if isinstance(part, str) else part
+            self.out.print(renderable, soft_wrap=isinstance(renderable, Text))
 
     def error(self, message: str) -> None:
         """An error as one paragraph; line breaks of the message (a formula with its caret) are kept."""
         text = Text("poise: ", style="bold red")
         text.append(message, style="default")
         self.err.print(text, soft_wrap=True)
-
-    def names(self, entries: Iterable[Entry]) -> None:
-        """The names of the formula language, one line each."""
-        entries = list(entries)
-        for kind, title in (("term", "Terms"), ("weight", "Weights")):
-            table = _plain_table(title)
-            table.add_column(no_wrap=True, style="bold")
-            table.add_column(overflow="fold")
-            for entry in entries:
-                if entry.kind == kind:
-                    table.add_row(entry.name, Text(entry.summary))
-            self.out.print(table)
-        self.out.print('\nWhat a formula means: [bold]poise explain "cross_entropy + 0.1*l2"[/bold]')
-
-    def claims(self, rows: list[Row]) -> None:
-        """The table of claims and a line that counts them."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("No.", justify="right")
-        table.add_column("State", no_wrap=True)
-        table.add_column("Paper", overflow="fold", ratio=2)
-        table.add_column("arXiv", no_wrap=True)
-        table.add_column("Room", overflow="fold", ratio=1)
-        for row in rows:
-            state = Text(row.state + ("" if row.current else " (older code)"), style=STATE_STYLE[row.state])
-            paper = Text(row.paper.title)
-            if row.measurement:
-                paper.append(f"\n{row.measurement.measured} ({row.measurement.seconds:.0f} s)", style="dim")
-            table.add_row(
-                str(row.paper.number), state, paper, row.paper.arxiv, Text(", ".join(row.paper.room), style="dim")
-            )
-        self.out.print(table)
-        counts = {state: sum(row.state == state for row in rows) for state in STATE_STYLE}
-        summary = ", ".join(f"{count} {state}" for state, count in counts.items())
-        self.out.print(
-            f"\n{len(rows)} papers: {summary}. Verdicts are measured on this machine by `poise claims run NUMBER`."
-        )
-
-    def finding(self, row: Row, statement: str, expected: str) -> None:
-        """One claim after its study: the paper's statement, what was expected, what was measured."""
-        measured = row.measurement
-        assert measured is not None
-        style = STATE_STYLE[row.state]
-        self.out.print(
-            f"\n[bold]{row.paper.number}  {escape(row.paper.title)}[/bold]  [dim]arXiv:{row.paper.arxiv}[/dim]"
-        )
-        table = _plain_table()
-        table.add_column(no_wrap=True, style="dim")
-        table.add_column(overflow="fold")
-        table.add_row("claim", Text(statement))
-        table.add_row("expected", Text(expected))
-        table.add_row("measured", Text(measured.measured))
-        table.add_row("verdict", Text(row.state, style=f"bold {style}"))
-        if measured.reason:
-            table.add_row("reason", Text(measured.reason))
-        table.add_row("took", Text(f"{measured.seconds:.1f} s on {measured.machine}"))
-        self.out.print(table)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
@@ -180,7 +121,3 @@ class _Lines:
 
 def _console(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
-
-
-def _plain_table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)

@@ -1,0 +1,213 @@
+"""The tables that the command line prints, built from plain data; nothing here computes or loads PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from poise.report import wording
+
+if TYPE_CHECKING:
+    from poise.catalogue import Entry
+    from poise.claims import Claim
+    from poise.claims.runner import Row
+    from poise.studies.summary import Difference, Metric, Summary, TermEffect
+
+__all__ = ["claim_finding", "claim_rows", "formula_names", "study_results"]
+
+STATE_STYLE = {"holds": "green", "fails": "red", "not run": "yellow", "not built": "dim"}
+VERDICT_STYLE = {"better": "green", "worse": "red", "undecided": "yellow", "no interval": "dim"}
+
+
+def study_results(summary: Summary) -> Iterator[RenderableType]:
+    """What a study found, top down: the data, the metrics, the differences, what each term bought, the advice."""
+    yield from _data(summary)
+    yield from _formulas(summary)
+    yield from _metrics(summary)
+    if summary.differences:
+        yield from _differences(summary)
+    if summary.term_effects:
+        yield from _term_effects(summary)
+    if any(formula.selected for formula in summary.formulas):
+        yield from _selected(summary)
+    if summary.failed:
+        yield from _failed(summary)
+    yield _heading("Recommendation")
+    yield Text(summary.recommendation.text)
+    if summary.recommendation.python:
+        yield Text()
+        yield Text("\n".join(f"    {line}" for line in summary.recommendation.python.splitlines()), style="cyan")
+
+
+def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
+    """The names of the formula language, one line each."""
+    entries = list(entries)
+    for kind, title in (("term", "Terms"), ("weight", "Weights")):
+        table = _grid()
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        for entry in entries:
+            if entry.kind == kind:
+                table.add_row(entry.name, Text(entry.summary))
+        yield _heading(title)
+        yield table
+    yield Text('\nWhat a formula means: poise explain "cross_entropy + 0.1*l2"')
+
+
+def claim_rows(rows: list[Row]) -> Iterator[RenderableType]:
+    """The table of claims, and a line that counts them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("No.", justify="right")
+    table.add_column("State", no_wrap=True)
+    table.add_column("Paper", overflow="fold", ratio=2)
+    table.add_column("arXiv", no_wrap=True)
+    table.add_column("Room", overflow="fold", ratio=1)
+    for row in rows:
+        state = Text(row.state + ("" if row.current else " (older code)"), style=STATE_STYLE[row.state])
+        paper = Text(row.paper.title)
+        if row.measurement:
+            paper.append(f"\n{row.measurement.measured} ({wording.seconds(row.measurement.seconds)})", style="dim")
+        room = Text(", ".join(row.paper.room), style="dim")
+        table.add_row(str(row.paper.number), state, paper, row.paper.arxiv, room)
+    yield table
+    counts = {state: sum(row.state == state for row in rows) for state in STATE_STYLE}
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield Text(f"\n{len(rows)} papers: {summary}. Verdicts are measured on this machine by `poise claims run NUMBER`.")
+
+
+def claim_finding(row: Row, claim: Claim) -> Iterator[RenderableType]:
+    """One claim after its study: the paper's statement, what was expected, what was measured, the verdict."""
+    measured = row.measurement
+    if measured is None:
+        return
+    yield _heading(f"{row.paper.number}  {row.paper.title}  (arXiv:{row.paper.arxiv})")
+    table = _grid()
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("claim", Text(claim.statement))
+    table.add_row("expected", Text(claim.expected))
+    table.add_row("falsified by", Text(claim.falsified))
+    table.add_row("measured", Text(measured.measured))
+    table.add_row("verdict", Text(row.state, style=f"bold {STATE_STYLE[row.state]}"))
+    if measured.reason:
+        table.add_row("reason", Text(measured.reason))
+    table.add_row("took", Text(f"{wording.seconds(measured.seconds)} on {measured.machine}"))
+    yield table
+
+
+def _data(summary: Summary) -> Iterator[RenderableType]:
+    task = summary.task
+    sizes = ", ".join(f"{number:,} {name}" for name, number in task.sizes.items())
+    yield _heading(summary.title)
+    yield Text(f"{task.name}: {wording.count(task.examples, 'example')} ({sizes}), {task.target_type}")
+    for note in (*task.notes, *summary.notes):
+        yield Text(note, style="dim")
+    for warning in (*task.warnings, *summary.warnings):
+        yield Text(f"warning: {warning}", style="yellow")
+
+
+def _formulas(summary: Summary) -> Iterator[RenderableType]:
+    yield _heading("Formulas and what a run of each cost")
+    table = _table("", "Formula", ">Seconds", ">Peak memory")
+    for formula in summary.formulas:
+        cost = (wording.seconds(formula.cost.seconds.mean), wording.size(formula.cost.peak_memory_bytes.mean))
+        table.add_row(_letter(formula.index), Text(formula.text), *cost)
+    yield table
+
+
+def _metrics(summary: Summary) -> Iterator[RenderableType]:
+    yield _heading(f"Test metrics over {wording.count(len(summary.seeds), 'seed')}")
+    table = _table("Metric", "", ">Mean", f">{100 * summary.level:g} % interval")
+    for metric in summary.metrics:
+        name = f"{metric.title} {'↑' if metric.direction == 'max' else '↓'}"
+        for formula in summary.formulas:
+            if (estimate := formula.metrics.get(metric.name)) is not None:
+                interval = wording.interval(metric, estimate) or estimate.reason
+                table.add_row(name, _letter(formula.index), wording.value(metric, estimate.mean), Text(interval))
+                name = ""
+    yield table
+
+
+def _differences(summary: Summary) -> Iterator[RenderableType]:
+    baseline = _letter(summary.differences[0].baseline)
+    yield _heading(f"Paired difference to {baseline}, same seeds and splits")
+    table = _table("Metric", "", ">Difference", f">{100 * summary.level:g} % interval", ">p (Holm)", "Finding")
+    last = ""
+    for difference in summary.differences:
+        metric = summary.metric(difference.metric)
+        name, last = ("" if metric.title == last else metric.title), metric.title
+        table.add_row(
+            name, _letter(difference.formula), *_difference(metric, difference), _verdict(difference.verdict)
+        )  # fmt: skip
+    yield table
+
+
+def _term_effects(summary: Summary) -> Iterator[RenderableType]:
+    metric = summary.primary
+    yield _heading(f"What each term bought in {metric.title}: the formula minus the formula without the term")
+    table = _table("", "Term", ">Bought", f">{100 * summary.level:g} % interval", ">p (Holm)", "Finding")
+    for effect in summary.term_effects:
+        if effect.metric == metric.name:
+            table.add_row(
+                _letter(effect.formula), Text(effect.label), *_difference(metric, effect), _verdict(effect.verdict)
+            )  # fmt: skip
+    yield table
+
+
+def _selected(summary: Summary) -> Iterator[RenderableType]:
+    yield _heading("Chosen by the search on the validation split, seed by seed")
+    table = _table("", "Weight", "Values")
+    for formula in summary.formulas:
+        for name, by_seed in formula.selected.items():
+            values = ", ".join(f"{wording.plain(value)} (seed {seed})" for seed, value in by_seed.items())
+            table.add_row(_letter(formula.index), name, Text(values))
+    yield table
+
+
+def _failed(summary: Summary) -> Iterator[RenderableType]:
+    yield _heading("Failed runs (the others went on)")
+    table = _table("", ">Seed", "Run", "Why")
+    for run in summary.failed:
+        table.add_row(_letter(run.formula), str(run.seed), run.role, Text(run.error, style="red"))
+    yield table
+
+
+def _difference(metric: Metric, found: Difference | TermEffect) -> tuple[str, Text, str]:
+    # The unit stands in the column before.
+    interval = wording.difference_interval(metric, found.estimate).removesuffix(" points") or found.estimate.reason
+    return wording.difference(metric, found.estimate.mean), Text(interval), wording.p_value(found.p_holm)
+
+
+def _verdict(verdict: str) -> Text:
+    return Text(verdict, style=VERDICT_STYLE[verdict])
+
+
+def _letter(index: int) -> str:
+    """The name of a formula in the tables: A, B, ..., Z, AA, ..."""
+    letters = ""
+    number = index + 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("A") + digit) + letters
+    return letters
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _grid() -> Table:
+    return Table(box=None, show_header=False, pad_edge=False)
+
+
+def _table(*columns: str) -> Table:
+    """A table without lines; a column whose title begins with `>` holds figures and is not broken."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in columns:
+        figures = title.startswith(">")
+        table.add_column(title.lstrip(">"), justify="right" if figures else "left", overflow="fold")
+    return table
