@@ -366,6 +366,40 @@ class SelfDistillationKRR:
         coefficients = (weights.T[:, :, None] * labels[:, None, :]).reshape(len(labels), -1)
         return (features @ coefficients).reshape(len(features), len(weights), -1)
 
+    def error(self, step: Step = "last", X: Array | None = None, Y: Array | None = None) -> float:
+        """Return the mean squared error of one step, on the training data where X and Y are None.
+
+        Args:
+            step: as in `predict`.
+            X, Y: data as in `predict`, and its targets.
+        """
+        basis = self._require_basis()
+        if (X is None) != (Y is None):
+            raise InputError("error needs X and Y together, or neither for the training data.")
+        fitted = self.predict(X, step)
+        fitted = fitted.reshape(len(fitted), -1)
+        truth = basis.decode(basis.labels) if Y is None else self._truth(Y, "Y", len(fitted))
+        return float((fitted - truth).square().mean())
+
+    def with_ridge(self, ridge: float) -> SelfDistillationKRR:
+        """Return the same chain of steps at another ridge, from the decomposition that is there: no new O(n^3) work.
+
+        The shares are kept (those that were optimal at the old ridge too); validation errors are not carried over.
+
+        Args:
+            ridge: > 0, or 0 where the kernel matrix is not singular.
+        """
+        basis = self._eigenbasis()
+        other = SelfDistillationKRR(
+            self.kernel, ridge, gamma=self.gamma, degree=self.degree, coef0=self.coef0, dtype=self.dtype
+        )
+        if other.ridge == 0 and basis.is_singular():
+            raise _singular()
+        other._basis = _Eigenbasis(other.ridge, basis.values, basis.vectors, basis.labels)
+        other._train, other._center, other._flat, other._held = self._train, self._center, self._flat, self._held
+        other._replay(self._alphas)
+        return other
+
     # ------------------------------------------------------------------------------------------------- reading
 
     @property
@@ -567,10 +601,8 @@ class SelfDistillationKRR:
         self._forget()
         self._basis = (_Eigenbasis if self.decomposition == "eigh" else _Factored)(ridge=self.ridge, **state["basis"])
         self._train, self._center, self._flat = state["train"], state["center"], state["flat"]
-        # Steps are replayed from the decomposition: the same operations in the same order.
-        alphas = list(state["alphas"])
-        self._distil(lambda step: alphas[step - 2], len(alphas) + 1, validation=None)
         self._held = state["held"]
+        self._replay(state["alphas"])
         self._raw_alphas, self._flags = list(state["raw_alphas"]), list(state["flags"])
         self._validation_errors = list(state["validation_errors"])
 
@@ -583,6 +615,12 @@ class SelfDistillationKRR:
         self._train, self._center = self._train.to(device), self._center.to(device)
         self._duals = [dual.to(device) for dual in self._duals]
         return self
+
+    def _replay(self, alphas: Sequence[float]) -> None:
+        """Walk known shares again from the decomposition: the same operations in the same order, bit for bit."""
+        held, shares = self._held, list(alphas)
+        self._distil(lambda step: shares[step - 2], len(shares) + 1, validation=None)
+        self._held = held
 
     def _settings(self) -> dict[str, Any]:
         name = self.kernel if isinstance(self.kernel, str) else getattr(self.kernel, "__qualname__", "function")
@@ -695,15 +733,22 @@ class _Eigenbasis:
     def of(cls, gram: Tensor, labels: Tensor, ridge: float) -> _Eigenbasis:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0), vectors.flip(1)
-        rounding = len(values) * torch.finfo(values.dtype).eps * max(float(values[0]), 0.0)
-        if float(values[-1]) < -10 * rounding:
+        basis = cls(ridge, values.clamp(min=0.0), vectors, vectors.T @ labels)
+        if float(values[-1]) < -10 * basis.rounding():
             raise InputError(
                 f"The kernel matrix is not positive semi-definite: its smallest eigenvalue is {float(values[-1]):.3g}. "
                 "Use a valid kernel, or add a constant to the diagonal."
             )
-        if ridge == 0 and float(values[-1]) <= rounding:
+        if ridge == 0 and basis.is_singular():
             raise _singular()
-        return cls(ridge, values.clamp(min=0.0), vectors, vectors.T @ labels)
+        return basis
+
+    def rounding(self) -> float:
+        """Return the size below which an eigenvalue is rounding."""
+        return len(self.values) * torch.finfo(self.values.dtype).eps * float(self.values[0])
+
+    def is_singular(self) -> bool:
+        return float(self.values[-1]) <= self.rounding()
 
     @property
     def examples(self) -> int:

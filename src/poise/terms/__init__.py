@@ -12,10 +12,16 @@ if TYPE_CHECKING:
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "bootstrap": "poise.terms.robust:Bootstrap",
+    "brier": "poise.terms.probability:Brier",
+    "class_wise_self_distillation": "poise.terms.self_distillation:ClassWiseSelfDistillation",
     "confidence_penalty": "poise.terms.supervised:ConfidencePenalty",
     "cross_entropy": "poise.terms.supervised:CrossEntropy",
+    "distillation": "poise.terms.self_distillation:Distillation",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
     "focal": "poise.terms.supervised:Focal",
+    "forward_correction": "poise.terms.robust:ForwardCorrection",
+    "generalized_cross_entropy": "poise.terms.robust:GeneralizedCrossEntropy",
     "huber": "poise.terms.supervised:Huber",
     "kl": "poise.terms.supervised:KL",
     "l1": "poise.terms.parameters:L1",
@@ -23,7 +29,9 @@ CATALOGUE: dict[str, str] = {
     "label_smoothing": "poise.terms.supervised:LabelSmoothing",
     "least_squares": "poise.terms.supervised:LeastSquares",
     "mixup": "poise.terms.supervised:Mixup",
+    "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
     "squared_error": "poise.terms.supervised:SquaredError",
+    "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
 
