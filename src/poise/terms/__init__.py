@@ -15,6 +15,7 @@ CATALOGUE: dict[str, str] = {
     "bootstrap": "poise.terms.robust:Bootstrap",
     "brier": "poise.terms.probability:Brier",
     "class_wise_self_distillation": "poise.terms.self_distillation:ClassWiseSelfDistillation",
+    "compand_barrier": "poise.parts.companding:CompandBarrier",
     "confidence_penalty": "poise.terms.supervised:ConfidencePenalty",
     "cross_entropy": "poise.terms.supervised:CrossEntropy",
     "distillation": "poise.terms.self_distillation:Distillation",

@@ -1,0 +1,209 @@
+"""Early-learning regularisation: keep a network where it was before it began to memorise wrong labels.
+
+A network trained on partly wrong labels is right about many wrongly labelled examples early on, and forgets it later.
+The term remembers, for each example, a running average `t` of the network's own predictions, and rewards agreement:
+
+    cross_entropy + 3*early_learning          log(1 - <p, t>),   gradient  -p_c (t_c - s) / (1 - s),   s = <p, t>
+
+The reward grows without limit as p and t approach the same corner, so its pull outlives that of cross-entropy on clean
+examples and cancels it on wrong ones. The value is never positive, and the total may be negative: that is normal, and a
+reason to watch the terms apart.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from poise.errors import InputError, QuantityError
+from poise.memory import PerExampleMemory
+from poise.objective import DataInfo, Term, Value
+
+__all__ = ["EarlyLearning"]
+
+Form = Literal["log", "kl", "ce"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class EarlyLearning(Term):
+    """Reward agreement with a running average of the model's own predictions, against memorising wrong labels.
+
+    log(1 - <p, t>),   p = clamp(softmax(z), eps, 1 - eps),   t <- beta t + (1 - beta) p / |p|_1,   t starts at 0
+
+    `t` is updated first and used then: `forward` looks ahead at the updated target, `advance` stores it, once for each
+    optimiser step. No gradient flows through `t`, nor where the clamp acts, so that the value stays in [log(eps), 0].
+    Since `t` starts at zero, the term is weak in the first epochs: |t|_1 = 1 - beta^k after k visits. The weight (lambda:
+    3 on CIFAR-10, 7 on CIFAR-100) stands outside and is the sensitive choice; beta is not.
+
+    Args:
+        beta: share of the old target that stays, in [0, 1).
+        eps: clamp of the probabilities, in (0, 0.5).
+        form: `"log"` is the method. `"ce"` (-sum t log p) and `"kl"` (sum t log(t / p), t constant) are its ablations:
+            their gradient, |t|_1 p - t, fades as p reaches t, and so they follow wrong targets.
+        teacher: take the new target from the quantity `teacher_probabilities` (a weight average, the other network) as it
+            is, instead of from the model's own prediction.
+        bias_correction: use t / (1 - beta^k), which sums to 1 from the first visit; off in the paper.
+        dtype: what the memory is stored in: "float32", "float16", "bfloat16" or "float64".
+        top: remember only so many largest entries of each target (0 remembers all), for data of many classes.
+
+    Reads: `logits` float [batch, classes]; `index` int64 [batch], each at most once a step; with `teacher`,
+        `teacher_probabilities` float [batch, classes]. Where the input was mixed, `partner` int64 [batch], the row of the
+        batch that was mixed in, and `mix` float [batch], the share l of the row itself: the target is then
+        l t + (1 - l) t[partner].
+    Returns: float [batch], nats, never positive for `"log"`; publishes `target` [batch, classes] and `agreement` <p, t>
+        [batch].
+    State: `memory` (examples x classes numbers of `dtype`, and an int64 visit count for each example), saved with the
+        objective.
+
+    Raises:
+        InputError: an argument out of range.
+        QuantityError: an index out of range or twice in one step, or another number of classes than the memory has.
+        StateError: `objective.bind(examples=..., classes=...)` was not called.
+
+    Example:
+        >>> term = EarlyLearning(beta=0.5)
+        >>> term.bind(DataInfo(examples=2, classes=2))
+        >>> term(torch.zeros(1, 2), torch.tensor([0])).values          # t = 0.5 * (0.5, 0.5), so log(1 - 0.25)
+        tensor([-0.2877])
+
+    Source: Liu et al. 2020, arXiv:2007.00151, eq. 5-6 and section 4.2; shengliu66/ELR, ELR/model/loss.py.
+    """
+
+    formula = "early_learning"
+    equation: ClassVar[str] = "log(1 - <p, t>),  t <- beta t + (1 - beta) p"
+    source: ClassVar[str] = "arXiv:2007.00151, eq. 5-6; shengliu66/ELR"
+    expects: ClassVar[dict[str, str]] = {
+        "logits": "float [batch, classes]",
+        "teacher_probabilities": "float [batch, classes]",
+        "partner": "int64 [batch]",
+        "mix": "float [batch]",
+    }
+    # No "potential": the look-ahead target moves with the prediction and carries no gradient, so the gradient is not that of the value.
+    capabilities = frozenset({"per_example", "deterministic"})
+
+    def __init__(
+        self,
+        beta: float = 0.7,
+        eps: float = 1e-4,
+        form: Form = "log",
+        teacher: bool = False,
+        bias_correction: bool = False,
+        dtype: str = "float32",
+        top: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= beta < 1:
+            raise InputError(f"early_learning: beta is the share of the old target that stays, in [0, 1); got {beta}.")
+        if not 0 < eps < 0.5:
+            raise InputError(f"early_learning: eps clamps the probabilities and lies in (0, 0.5); got {eps}.")
+        if form not in ("log", "kl", "ce"):
+            raise InputError(f"early_learning: form is 'log', 'kl' or 'ce'; got {form!r}.")
+        if dtype not in _DTYPES:
+            raise InputError(f"early_learning: dtype is one of {', '.join(map(repr, _DTYPES))}; got {dtype!r}.")
+        if top < 0:
+            raise InputError(f"early_learning: top is a number of classes, 0 for all; got {top}.")
+        self.beta = beta
+        self.eps = eps
+        self.form = form
+        self.teacher = teacher
+        self.bias_correction = bias_correction
+        self.dtype = dtype
+        self.top = top
+        self.memory = PerExampleMemory(width=top or None, dtype=_DTYPES[dtype])
+        # float32 holds every class number below 2^24 exactly.
+        self.remembered_classes = PerExampleMemory(width=top) if top else None
+        self.classes: int | None = None
+
+    def readings(self) -> tuple[str, ...]:
+        """Without a teacher, none is read, even where one is offered."""
+        return () if self.teacher else ("teacher_probabilities",)
+
+    def bind(self, info: DataInfo) -> None:
+        """Make room for one target for each training example."""
+        if self.top and info.classes is not None and self.top > info.classes:
+            raise InputError(f"early_learning: top={self.top} classes cannot be remembered of {info.classes}.")
+        self.classes = info.classes
+        self.memory.bind(info.examples, info.classes, info.device)
+        if self.remembered_classes is not None:
+            self.remembered_classes.bind(info.examples, info.classes, info.device)
+
+    def forward(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        teacher_probabilities: Tensor | None = None,
+        partner: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Value:
+        p = self._probabilities(logits)
+        with torch.no_grad():
+            t = self._updated(p, index, teacher_probabilities)
+            if self.bias_correction:
+                t = t / (1 - self.beta ** (self.memory.visits_of(index) + 1).to(t.dtype))[:, None]
+            if partner is not None and mix is not None:
+                t = mix[:, None] * t + (1 - mix)[:, None] * t[partner]
+        s = (p * t).sum(dim=-1)
+        if self.form == "log":
+            # <p, t> <= 1 - eps holds for exact targets; rounded ones of a half-precision memory may exceed it.
+            values = torch.log1p(-s.clamp(max=1 - self.eps))
+        else:
+            values = -(t * p.log()).sum(dim=-1)
+            if self.form == "kl":
+                values = values + torch.xlogy(t, t).sum(dim=-1)
+        return Value(values, extras={"target": t, "agreement": s})
+
+    def advance(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        teacher_probabilities: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> None:
+        """Store the updated targets of the rows that count; a padding duplicate (weight 0) is not a visit."""
+        if sample_weight is not None:
+            counted = sample_weight > 0
+            logits, index = logits[counted], index[counted]
+            teacher_probabilities = None if teacher_probabilities is None else teacher_probabilities[counted]
+        t = self._updated(self._probabilities(logits), index, teacher_probabilities)
+        if self.remembered_classes is None:
+            self.memory.write(index, t)
+        else:
+            rows, kept = t.topk(self.top, dim=1)
+            self.memory.write(index, rows)
+            self.remembered_classes.write(index, kept.float())
+
+    def targets(self, index: Tensor | None = None) -> Tensor:
+        """The targets as stored: float [n, classes] of the examples in `index` int64 [n], or of all."""
+        if index is None:
+            index = torch.arange(self.memory.examples, device=self.memory.values.device)
+        remembered = self.remembered_classes
+        # A sparse memory that was loaded and never bound knows its classes only by what it remembers.
+        return self._stored(index, classes=0 if remembered is None else int(remembered.values.max()) + 1)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        # In half precision 1 - eps is 1, and the logarithm below would be infinite.
+        dtype = torch.float32 if logits.dtype in (torch.float16, torch.bfloat16) else logits.dtype
+        return torch.softmax(logits, dim=-1, dtype=dtype).clamp(self.eps, 1 - self.eps)
+
+    def _updated(self, p: Tensor, index: Tensor, teacher_probabilities: Tensor | None) -> Tensor:
+        """beta t + (1 - beta) p / |p|_1, or with the teacher's probabilities in the place of p / |p|_1."""
+        if teacher_probabilities is None:
+            p = p.detach()
+            new = p / p.sum(dim=-1, keepdim=True)
+        else:
+            new = teacher_probabilities.detach().to(p.dtype)
+        old = self._stored(index, classes=new.shape[1]).to(p.dtype)
+        if old.shape[1] != new.shape[1]:
+            raise QuantityError(
+                f"early_learning: the memory was bound to {old.shape[1]} classes, but the model gives {new.shape[1]} probabilities."
+            )
+        return torch.lerp(new, old, self.beta)
+
+    def _stored(self, index: Tensor, classes: int) -> Tensor:
+        rows = self.memory.read(index)
+        if self.remembered_classes is None:
+            return rows
+        kept = self.remembered_classes.read(index).long()
+        return rows.new_zeros(len(index), self.classes or classes).scatter_(1, kept, rows)
