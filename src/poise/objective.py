@@ -258,8 +258,7 @@ class _Entry:
         self.forward_reads = self._plan(term.forward, renames, skipped)
         self.count_reads = self._plan(term.count, renames, skipped) if term.count is not None else None
         self.advance_reads = self._plan(term.advance, renames, skipped) if term.advance is not None else ()
-        names = {p.name for p in _parameters_of(term.forward)}
-        self.stochastic = term.stochastic or "model" in names
+        self.stochastic = term.stochastic or any(name == "model" for name, _, _ in self.forward_reads)
         self.expects = {
             p.name: term.expects.get(p.name, CATALOGUE.get(p.name, ("", ""))[0]) for p in _parameters_of(term.forward)
         }
