@@ -36,13 +36,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "parameters": ("mapping", "the trained parameters by name"),
     "step": ("int", "optimiser steps done, from 0"),
     "steps": ("int", "optimiser steps of the run"),
+    "steps_per_epoch": ("int", "optimiser steps of one pass over the main stream"),
     "epoch": ("int", "passes done over the main stream, from 0"),
     "epochs": ("int", "passes of the run"),
     "progress": ("float", "share of the run that is done"),
 }
 """The standard names: shape and meaning. A task or a readout may offer others."""
 
-CLOCK = ("step", "steps", "epoch", "epochs", "progress")
+CLOCK = ("step", "steps", "steps_per_epoch", "epoch", "epochs", "progress")
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
