@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from poise.errors import PoiseError
+from poise.errors import InputError, PoiseError
 
 if TYPE_CHECKING:
+    from poise.studies import Study
     from poise.terminal import Terminal
 
 __all__ = ["app", "main"]
@@ -43,6 +45,73 @@ app.add_typer(claims_app, name="claims")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Log = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Append every event to a file, with its time.")]
+
+# Options that say how the data are read, and how a run is trained; `compare` and `fit` share them. None means that the
+# library chooses for the data, says so, and writes it down.
+DATA, TRAINING = "Data", "Training"
+Label = Annotated[
+    str | None, typer.Option("--label", metavar="COLUMN", help="The column to predict.", rich_help_panel=DATA)
+]
+TargetType = Annotated[
+    str | None,
+    typer.Option("--target-type", metavar="TYPE", help="classification | regression", rich_help_panel=DATA),
+]
+SplitShares = Annotated[
+    str, typer.Option("--split", metavar="SHARES", help="Train, validation and test shares.", rich_help_panel=DATA)
+]
+Group = Annotated[
+    str | None,
+    typer.Option("--group", metavar="COLUMN", help="Rows of one group stay in one split.", rich_help_panel=DATA),
+]
+Time = Annotated[
+    str | None,
+    typer.Option("--time", metavar="COLUMN", help="Train on the past, test on the future.", rich_help_panel=DATA),
+]
+TestFile = Annotated[
+    Path | None, typer.Option("--test", metavar="FILE", help="A file of its own for testing.", rich_help_panel=DATA)
+]
+ClassWeight = Annotated[
+    str | None, typer.Option("--class-weight", metavar="RULE", help="balanced", rich_help_panel=DATA)
+]
+LabelNoise = Annotated[
+    float,
+    typer.Option("--label-noise", help="Share of training labels to make wrong on purpose.", rich_help_panel=DATA),
+]
+Noise = Annotated[
+    str, typer.Option("--noise", metavar="KIND", help="symmetric | asymmetric | pair", rich_help_panel=DATA)
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", metavar="ROWS", help="Use only so many rows.", rich_help_panel=DATA)
+]
+Model = Annotated[
+    str,
+    typer.Option("--model", help="auto | linear | mlp | cnn | package.module:factory", rich_help_panel=TRAINING),
+]
+Solver = Annotated[
+    str | None,
+    typer.Option("--solver", metavar="NAME", help="sgd, adamw, ...: any of torch.optim.", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=TRAINING)]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", metavar="NAME", help="Learning-rate schedule; constant.", rich_help_panel=TRAINING),
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=TRAINING)]
+Steps = Annotated[int | None, typer.Option("--steps", help="Or: optimiser steps.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=TRAINING)]
+Select = Annotated[
+    str,
+    typer.Option(
+        "--select", metavar="WHICH", help="Measure the last model or the best on validation.", rich_help_panel=TRAINING
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto | cpu | cuda | cuda:N | mps", rich_help_panel=TRAINING)]
+Precision = Annotated[str, typer.Option("--precision", help="fp32 | bf16", rich_help_panel=TRAINING)]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Refuse kernels that vary between repetitions.", rich_help_panel=TRAINING),
+]
 
 
 def main() -> None:
@@ -128,6 +197,175 @@ def options(
 
 @app.command()
 @command
+def compare(
+    context: typer.Context,
+    data: Annotated[
+        str | None, typer.Argument(help="digits, breast_cancer, wine, diabetes, mnist, or a file or folder of yours.")
+    ] = None,
+    formulas: Annotated[
+        list[str] | None, typer.Argument(help="The objectives; the first is what the others are compared with.")
+    ] = None,
+    study: Annotated[
+        Path | None, typer.Option("--study", metavar="FILE", help="Run a study.toml again exactly, or continue it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds; each redraws the split.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="The first seed.")] = 0,
+    tune: Annotated[
+        int | None, typer.Option("--tune", metavar="N", help="Trials per formula for auto weights and learning rate.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="The metric that the recommendation rests on.")
+    ] = None,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Also train each formula without each of its terms: what every term bought.")
+    ] = True,
+    engine: Annotated[str, typer.Option("--engine", metavar="NAME", help="local")] = "local",
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Worker processes; as many as the cores allow.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of each worker; part of a run's identity.")] = 1,
+    label: Label = None,
+    target_type: TargetType = None,
+    split: SplitShares = "60/20/20",
+    group: Group = None,
+    time: Time = None,
+    test: TestFile = None,
+    class_weight: ClassWeight = None,
+    label_noise: LabelNoise = 0.0,
+    noise: Noise = "symmetric",
+    limit: Limit = None,
+    model: Model = "auto",
+    solver: Solver = None,
+    lr: LearningRate = None,
+    schedule: Schedule = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    select: Select = "last",
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    deterministic: Deterministic = False,
+    quiet: Quiet = False,
+    log: Log = None,
+    debug: Debug = False,
+) -> int:
+    """Compare objectives on your data: same seeds, same splits, same budget; intervals, and what every term bought.
+
+    poise compare digits "cross_entropy" "cross_entropy + 3*early_learning" --label-noise 0.4
+
+    poise compare mydata.csv --label quality "squared_error" "squared_error + auto*l2"
+    """
+    from poise.studies import Study
+
+    if study is not None:
+        _refuse_beside_study(context)
+        prepared = Study.from_toml(study, out)
+    elif data is None or not formulas:
+        raise InputError(
+            "Give data and at least one formula, for instance: "
+            'poise compare digits "cross_entropy" "cross_entropy + 0.01*l2". `poise terms` lists what a formula may say.'
+        )
+    else:
+        prepared = Study(
+            data,
+            formulas,
+            _seeds(seed, seeds),
+            out=out or Path("poise-report"),
+            label=label,
+            target_type=target_type,
+            split=_shares(split),
+            group=group,
+            time=time,
+            test_file=test,
+            label_noise=label_noise,
+            noise=noise,
+            class_weight=class_weight,
+            limit=limit,
+            model=model,
+            solver=solver,
+            lr=lr,
+            schedule=schedule,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            select=select,
+            deterministic=deterministic,
+            tune=tune,
+            leave_one_out=leave_one_out,
+            workers=workers,
+            threads=threads,
+        )
+    return _run_study(prepared, _terminal(quiet), log)
+
+
+def _run_study(study: Study, terminal: Terminal, log: Path | None) -> int:
+    """Run what is missing, write the report, print the tables; 1 where a run failed."""
+    from poise.report import write_report
+    from poise.tables import study_results
+    from poise.terminal import Journal
+
+    folder = shlex.quote(str(study.folder))
+    with Journal(log) as journal, terminal.study(journal) as progress:
+        try:
+            result = study.run(progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"What has finished is kept in {folder}. Go on with: poise compare --study {folder}/study.toml"
+                if (study.folder / "study.toml").is_file()
+                else "Nothing had begun; run the same command again."
+            ) from None
+        page = write_report(result.summary, study.folder)
+        journal.write(f"report: {page}")
+    terminal.print(
+        *study_results(result.summary), f"\nReport: {page}", f"Again:  poise compare --study {folder}/study.toml"
+    )
+    return DONE if result.ok else FAILED
+
+
+def _refuse_beside_study(context: typer.Context) -> None:
+    """A study.toml says everything; an option beside it would be ignored in silence."""
+    allowed = ("study", "out", "quiet", "log", "debug")
+    given = [
+        f"--{name.replace('_', '-')}" if name not in ("data", "formulas") else name
+        for name in context.params
+        if name not in allowed and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"A study.toml says everything, so {', '.join(given)} cannot stand beside --study. Edit the file, or give "
+            "data and formulas instead of it."
+        )
+
+
+def _seeds(first: int, number: int) -> list[int]:
+    """The seeds first, first + 1, ...; one seed is refused, because every answer of a comparison is an interval."""
+    if number < 2:
+        raise InputError(
+            f"--seeds {number}: a comparison answers in intervals, and an interval needs at least two seeds (five by "
+            "default). For a single run use `poise fit`."
+        )
+    return list(range(first, first + number))
+
+
+def _shares(text: str) -> tuple[float, float, float]:
+    """Read `60/20/20` or `0.6,0.2,0.2` as three shares of the whole."""
+    try:
+        train, valid, test = (float(part) for part in text.replace(",", "/").split("/"))
+    except ValueError:
+        raise InputError(
+            f"--split {text}: give three shares for training, validation and test, such as 60/20/20."
+        ) from None
+    total = train + valid + test
+    if min(train, valid, test) <= 0 or total not in (1.0, 100.0):
+        raise InputError(f"--split {text}: the three shares must be positive and add up to 100 (or to 1).")
+    return train / total, valid / total, test / total
+
+
+@app.command()
+@command
 def terms(debug: Debug = False) -> int:
     """List what a formula may say: terms, and ways to set a weight, one line each."""
     from poise.catalogue import entries
@@ -158,8 +396,12 @@ def report(
 ) -> int:
     """Rebuild the report of a finished or interrupted comparison from its store."""
     from poise.report import write_report
+    from poise.studies import Study
+    from poise.tables import study_results
 
-    _terminal().print(f"Report: {write_report(folder)}")
+    summary = Study.open(folder)
+    page = write_report(summary, folder)
+    _terminal().print(*study_results(summary), f"\nReport: {page}")
     return DONE
 
 

@@ -15,11 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from poise.claims import Progress
+    from poise.studies.study import ProgressCallback, StudyProgress
 
 __all__ = ["Journal", "Terminal"]
 
@@ -45,8 +49,10 @@ class Journal:
         if self._file:
             print(f"{datetime.now().isoformat(timespec='seconds')} {line}", file=self._file, flush=True)
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.close()
 
@@ -98,6 +104,59 @@ class Terminal:
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(title, total=1.0)
             yield lambda fraction, text: bar.update(task, completed=fraction, description=f"{title}  {text}")
+
+    @contextmanager
+    def study(self, journal: Journal) -> Iterator[ProgressCallback]:
+        """Progress of a study: a live table of the formulas with the time left, or a plain line for every run."""
+        if not self.live:
+            yield lambda now: self._study_line(now, journal)
+            return
+        from rich.live import Live
+
+        with Live(console=self.err, transient=True, refresh_per_second=4) as live:
+
+            def show(now: StudyProgress) -> None:
+                if now.message:
+                    journal.write(_study_text(now))
+                if now.event in ("failed", "retried"):
+                    live.console.print(Text(now.message, style="yellow"), soft_wrap=True)
+                live.update(_study_table(now))
+
+            yield show
+
+    def _study_line(self, now: StudyProgress, journal: Journal) -> None:
+        if now.message:
+            journal.write(_study_text(now))
+            # A line for the start of a run as well would say everything twice.
+            if now.event != "started":
+                self.say(_study_text(now))
+
+
+def _study_text(now: StudyProgress) -> str:
+    from poise.report.wording import seconds
+
+    left = f", about {seconds(now.seconds_left)} left" if now.seconds_left and now.done < now.planned else ""
+    return f"[{now.done}/{now.planned}] {now.message}{left}"
+
+
+def _study_table(now: StudyProgress) -> RenderableType:
+    from poise.report.wording import seconds
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("Formula", overflow="fold")
+    table.add_column("Seeds", justify="right")
+    table.add_column("Mean so far", justify="right")
+    table.add_column("Failed", justify="right")
+    for formula in now.formulas:
+        mean = "" if formula.mean is None else f"{formula.mean:.4g}"
+        failed = Text(str(formula.failed), style="red") if formula.failed else Text()
+        table.add_row(Text(formula.text), f"{formula.done}/{formula.planned}", mean, failed)
+    share = (now.done + sum(now.running.values())) / max(1, now.planned)
+    left = "" if now.seconds_left is None else f", about {seconds(now.seconds_left)} left"
+    words = Text(
+        f"{now.done} of {now.planned} runs, {seconds(now.seconds)}{left}. Ctrl-C stops and keeps what is done."
+    )
+    return Group(table, Columns([ProgressBar(total=1.0, completed=share, width=40), words]))
 
 
 class _Lines:
