@@ -69,27 +69,20 @@ class TrainingConfig(_Section):
 class TuningConfig(_Section):
     """The search over `auto` weights and the learning rate, the same number of trials for every formula.
 
+    The range of a weight stands in the formula: `auto(low=0.001, high=100)`.
+
     Args:
         trials: trials per formula and seed; 0 for no search. None means 10 where a formula has an `auto` weight, else
             0.
-        weight_range: lowest and highest value of an `auto` weight, log scale.
         lr_factor: the learning rate is searched from `lr/lr_factor` to `lr*lr_factor`, log scale.
         halving: after each rung one in `halving` trials goes on, with a budget `halving` times as large.
         rungs: number of rungs; the last has the full budget.
     """
 
     trials: int | None = Field(default=None, ge=0)
-    weight_range: tuple[float, float] = (1e-4, 10.0)
     lr_factor: float = Field(default=10.0, ge=1.0)
     halving: int = Field(default=3, ge=2)
     rungs: int = Field(default=3, ge=1)
-
-    @field_validator("weight_range")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] < value[1]:
-            raise ValueError("the range of a weight must be two rising numbers above 0")
-        return value
 
     @field_validator("trials")
     @classmethod

@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from poise.errors import StoreError
 from poise.studies.spec import Curves
 
 FORMAT = 1
+ArrayCurves = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
 def pack(curves: Curves) -> bytes:
@@ -47,7 +50,16 @@ def pack(curves: Curves) -> bytes:
 
 
 def unpack(data: bytes) -> Curves:
-    """Give back what `pack` compressed.
+    """Give back what `pack` compressed, as lists.
+
+    Raises:
+        StoreError: the bytes are damaged.
+    """
+    return {name: (steps.tolist(), values.tolist()) for name, (steps, values) in unpack_arrays(data).items()}
+
+
+def unpack_arrays(data: bytes) -> ArrayCurves:
+    """Give back what `pack` compressed, as arrays: steps int64, values float32; curves may share their steps.
 
     Raises:
         StoreError: the bytes are damaged.
@@ -57,25 +69,24 @@ def unpack(data: bytes) -> Curves:
         (length,) = struct.unpack_from("<I", raw)
         header = json.loads(bytes(raw[4 : 4 + length]))
         position = 4 + length
-        grids: list[list[int]] = []
+        grids = []
         for count in header["grids"]:
-            grids.append(np.cumsum(_from_planes(raw, position, count, "<i8")).tolist())
+            grids.append(np.cumsum(_from_planes(raw, position, count, "<i8")))
             position += 8 * count
-        curves: Curves = {}
+        curves: ArrayCurves = {}
         for name, grid in header["curves"]:
-            count = len(grids[grid])
-            curves[name] = (list(grids[grid]), _from_planes(raw, position, count, "<f4").tolist())
-            position += 4 * count
+            curves[name] = (grids[grid], _from_planes(raw, position, len(grids[grid]), "<f4"))
+            position += 4 * len(grids[grid])
     except (zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError) as error:
         raise StoreError(f"The curves of a run are damaged and cannot be read ({error}).") from error
     return curves
 
 
-def _planes(array: np.ndarray) -> bytes:
+def _planes(array: npt.NDArray[Any]) -> bytes:
     return array.view(np.uint8).reshape(array.size, array.itemsize).T.tobytes()
 
 
-def _from_planes(raw: memoryview, position: int, count: int, dtype: str) -> np.ndarray:
+def _from_planes(raw: memoryview, position: int, count: int, dtype: str) -> npt.NDArray[Any]:
     size = np.dtype(dtype).itemsize
     planes = np.frombuffer(raw, dtype=np.uint8, count=count * size, offset=position).reshape(size, count)
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)

@@ -113,12 +113,14 @@ class RunSpec:
         return hashlib.sha256(canonical_json(self.identity()).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that decide the result."""
-        content = self.to_dict()
-        for location in ("source", "test_file"):
-            del content["data"][location]
-        content["device"] = self.device.split(":")[0]
-        return content
+        """Return the fields that decide the result.
+
+        Fields at their default are left out, so that a field which a later version adds does not rename old runs.
+        """
+        data = _changed(self.data)
+        data.pop("source")
+        data.pop("test_file", None)
+        return {**_changed(self), "data": data, "device": self.device.split(":")[0], "protocol": self.protocol}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries, lists and literals."""
@@ -194,6 +196,16 @@ class RunRecord:
         """Build a record from `to_dict`'s result, also after a trip through JSON."""
         curves = {name: (list(steps), list(values)) for name, (steps, values) in content["curves"].items()}
         return cls(**{**content, "spec": RunSpec.from_dict(content["spec"]), "curves": curves})
+
+
+def _changed(spec: DataSpec | RunSpec) -> dict[str, Any]:
+    """Return the fields without a default, and those whose value is another."""
+    changed = {}
+    for item in dataclasses.fields(spec):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        if getattr(spec, item.name) != default:
+            changed[item.name] = getattr(spec, item.name)
+    return changed
 
 
 def failed_record(spec: RunSpec, error: str, detail: str = "", *, seconds: float = 0.0, attempts: int = 1) -> RunRecord:

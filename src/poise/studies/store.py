@@ -186,16 +186,24 @@ class Store:
                 (record.id, compact.FORMAT, packed),
             )
 
-    def get(self, run: str, *, curves: bool = True) -> RunRecord | None:
-        """Return the record of a run, or None."""
-        return self.get_many([run], curves=curves).get(run)
+    def get(self, run: str) -> RunRecord | None:
+        """Return the record of a run with its curves, or None."""
+        return next(self.records(curves=True, only=[run]), None)
 
-    def get_many(self, runs: Collection[str], *, curves: bool = True) -> dict[str, RunRecord]:
-        """Return the records of those runs that the store holds, by id."""
-        wanted = set(runs)
-        return {record.id: record for record in self.records(curves=curves, only=wanted)} if wanted else {}
+    def curves(self, only: Collection[str]) -> Iterator[tuple[str, compact.ArrayCurves]]:
+        """Yield the curves of these runs as NumPy arrays, run by run."""
+        wanted = list(only)
+        with self._translated("read"):
+            # SQLite limits the number of parameters of one statement.
+            for start in range(0, len(wanted), 500):
+                part = wanted[start : start + 500]
+                marks = ",".join("?" * len(part))
+                rows = self._connection.execute(f"SELECT run, format, data FROM curves WHERE run IN ({marks})", part)
+                for run, layout, data in rows:
+                    self._check_format(run, layout)
+                    yield run, compact.unpack_arrays(data)
 
-    def records(self, *, curves: bool = True, only: Collection[str] | None = None) -> Iterator[RunRecord]:
+    def records(self, *, curves: bool = False, only: Collection[str] | None = None) -> Iterator[RunRecord]:
         """Yield all records, oldest first.
 
         Args:
@@ -218,8 +226,8 @@ class Store:
 
     def _record(self, row: tuple[Any, ...]) -> RunRecord:
         run, status, spec, metrics, error, seconds, peak, steps, started, detail, context, layout, data = row
-        if layout is not None and layout != compact.FORMAT:
-            raise StoreError(f"The curves of run {run} have format {layout}, which this version of Poise cannot read.")
+        if layout is not None:
+            self._check_format(run, layout)
         curves: Curves = compact.unpack(data) if data is not None else {}
         try:
             return RunRecord(
@@ -238,6 +246,10 @@ class Store:
             )
         except (ValueError, TypeError, KeyError) as problem:
             raise StoreError(f"Run {run} in {self.path} is damaged and cannot be read ({problem}).") from problem
+
+    def _check_format(self, run: str, layout: int) -> None:
+        if layout != compact.FORMAT:
+            raise StoreError(f"The curves of run {run} have format {layout}, which this version of Poise cannot read.")
 
     def ids(self, status: str | None = None) -> set[str]:
         """Return the ids of all runs, or of those with a status."""

@@ -10,7 +10,7 @@ has: no formula gets luckier learning rates than another.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -24,41 +24,39 @@ class Trial:
 
 
 def trials(
-    names: Sequence[str],
+    ranges: Mapping[str, tuple[float, float]],
     *,
     count: int,
     seed: int,
     lr: float,
     lr_factor: float,
-    weight_range: tuple[float, float],
 ) -> list[Trial]:
     """Return the trials of one formula on one seed.
 
         lr_i     = lr * lr_factor^(2 u_i0 - 1)
-        weight_k = low * (high / low)^u_ik
+        w_ik     = low_k * (high_k / low_k)^u_ik
 
     Trial 0 keeps the learning rate `lr` itself (its weights are the middle of their range on the log scale), so a
     search never loses to not searching by leaving the default out.
 
     Args:
-        names: the `auto` weights; may be empty, then only the learning rate is searched.
+        ranges: lowest and highest value of each `auto` weight, above 0; may be empty, then only the learning rate is
+            searched.
         count: number of trials, at least 1.
         seed: the study's seed to which the search belongs.
         lr, lr_factor: centre of the learning rate and its largest factor up and down.
-        weight_range: lowest and highest weight, both above 0.
 
-    >>> [round(trial.lr, 4) for trial in trials([], count=3, seed=0, lr=0.1, lr_factor=10, weight_range=(0.1, 1))]
+    >>> [round(trial.lr, 4) for trial in trials({}, count=3, seed=0, lr=0.1, lr_factor=10)]
     [0.1, 0.0188, 0.0594]
 
     Source: Sobol, USSR Computational Mathematics and Mathematical Physics 7 (1967); Cranley and Patterson, SIAM
     Journal on Numerical Analysis 13 (1976).
     """
-    low, high = weight_range
-    points = _rotated_sobol(count, 1 + len(names), seed)
+    points = _rotated_sobol(count, 1 + len(ranges), seed)
     found = []
     for number, (first, *rest) in enumerate(points):
         rate = lr * lr_factor ** (2 * first - 1)
-        weights = {name: low * (high / low) ** u for name, u in zip(names, rest, strict=True)}
+        weights = {name: low * (high / low) ** u for (name, (low, high)), u in zip(ranges.items(), rest, strict=True)}
         found.append(Trial(number, _rounded(rate), {name: _rounded(value) for name, value in weights.items()}))
     return found
 

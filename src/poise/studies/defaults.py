@@ -1,0 +1,94 @@
+"""The training settings that a study chooses where the user says nothing: the same for every formula, stated, written
+down.
+
+Classification: SGD with momentum 0.9, learning rate 0.02, batches of 128. It is the setting in which early learning and
+memorisation are studied (arXiv:2007.00151, appendix), and a constant rate keeps runs of different lengths comparable.
+Regression: Adam with learning rate 0.003, because targets come in every scale.
+
+The number of epochs follows from the size of the training split, so that small data sets see enough steps to
+memorise wrong labels and large ones end in reasonable time:
+
+    epochs = clamp(1500 / steps per epoch, 10, 150)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from poise.errors import InputError
+from poise.studies.config import DataConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from poise.tasks import Task
+
+BATCH_SIZE = 128
+STEPS = 1500
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 150
+_Choice = tuple[str, dict[str, Any], float]
+CLASSIFICATION: _Choice = ("sgd", {"momentum": 0.9}, 0.02)
+REGRESSION: _Choice = ("adam", {}, 0.003)
+# A usual learning rate for an optimiser that the user names without giving one.
+_RATES = {"sgd": 0.02, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.01, "lion": 3e-4}
+
+
+def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> TrainingConfig:
+    """Fill in what the user left out.
+
+    Args:
+        given: the settings as given.
+        task: the data; its number of examples and kind of target decide.
+        data: how it is split.
+
+    Returns:
+        Settings without None, except for the one of `epochs` and `steps` that is not used and the schedule.
+
+    Raises:
+        InputError: a device that does not exist here, or an optimiser without a learning rate.
+    """
+    solver, options, lr = CLASSIFICATION if task.target_type == "classification" else REGRESSION
+    if given.solver is not None and given.solver != solver:
+        if given.lr is None and given.solver not in _RATES:
+            raise InputError(f"Give a learning rate for the solver {given.solver!r}: its usual one is not known here.")
+        solver, options, lr = given.solver, {}, _RATES.get(given.solver, 0.0)
+    train = max(1, round(task.examples * data.split[0] / sum(data.split)))
+    batch_size = given.batch_size or min(BATCH_SIZE, train)
+    epochs = given.epochs
+    if epochs is None and given.steps is None:
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / math.ceil(train / batch_size))))
+    return given.model_copy(
+        update={
+            "model": given.model,
+            "solver": solver,
+            "solver_options": options if given.solver_options is None else given.solver_options,
+            "lr": lr if given.lr is None else given.lr,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "device": resolve_device(given.device),
+        }
+    )
+
+
+def resolve_device(device: str) -> str:
+    """Return the device that `auto` stands for, or check that the one named exists.
+
+    Raises:
+        InputError: the device does not exist on this machine.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    kind = device.split(":")[0]
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and torch.cuda.is_available():
+        number = device.partition(":")[2]
+        if not number or (number.isdigit() and int(number) < torch.cuda.device_count()):
+            return device
+        raise InputError(
+            f"There is no device {device!r}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0."
+        )
+    if kind == "mps" and torch.backends.mps.is_available():
+        return device
+    raise InputError(f"There is no device {device!r} on this machine. Use cpu, or auto for the best there is.")

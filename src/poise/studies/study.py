@@ -1,0 +1,607 @@
+"""`Study`: compare formulas on the same seeds, splits and budget, and keep everything in one folder.
+
+    study.toml       the study with every default written out; runs again exactly
+    study.sqlite     one row a run, curves included
+    checkpoints/     of runs that were interrupted; empty when the study is complete
+
+Call it again on the same folder and it continues: a run is known by its content, and a finished one is never repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from poise.errors import InputError, StoreError
+from poise.studies.config import StudyConfig, build_config, read_config
+from poise.studies.engine import Engine, LocalEngine, RunEvent
+from poise.studies.findings import summarize
+from poise.studies.lock import FolderLock
+from poise.studies.plan import Plan
+from poise.studies.spec import DataSpec, RunRecord, RunSpec
+from poise.studies.store import Store
+from poise.studies.summary import FailedRun, Summary, TaskSummary
+
+if TYPE_CHECKING:
+    from poise.objective import Objective
+    from poise.tasks import Task
+
+STORE, TOML, CHECKPOINTS = "study.sqlite", "study.toml", "checkpoints"
+# Progress inside runs is passed on at most this often; the end of a run always is.
+_SECONDS_BETWEEN_REPORTS = 0.25
+
+
+@dataclass(frozen=True)
+class FormulaProgress:
+    """How far one formula is: final runs done and planned, and the mean of the primary test metric so far."""
+
+    text: str
+    done: int
+    planned: int
+    failed: int
+    mean: float | None
+
+
+@dataclass(frozen=True)
+class StudyProgress:
+    """How far a study is; a live table draws it whole.
+
+    Attributes:
+        event: what just happened: `begun`, `started`, `progress`, `retried`, `finished`, `failed`, `ended`.
+        message: the event in words, empty for `progress`.
+        done, planned, failed, reused: numbers of runs; `reused` were finished before this call.
+        running: share done of each run that goes on now, by id.
+        formulas: how far each formula is.
+        seconds: time since the call; `seconds_left`: estimate, None until the first run has finished.
+    """
+
+    event: str
+    message: str
+    done: int
+    planned: int
+    failed: int
+    reused: int
+    running: dict[str, float]
+    formulas: tuple[FormulaProgress, ...]
+    seconds: float
+    seconds_left: float | None
+
+
+ProgressCallback = Callable[[StudyProgress], None]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What `Study.run` returns.
+
+    Attributes:
+        summary: everything that was found.
+        folder: the output folder; `store`: the SQLite file in it.
+        failed: runs that failed, trials of a search excepted (a diverging trial is a finding, not a fault).
+    """
+
+    summary: Summary
+    folder: Path
+    store: Path
+    failed: tuple[FailedRun, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every formula has its result on every seed."""
+        return not self.failed and not any(formula.failed_seeds for formula in self.summary.formulas)
+
+
+class Study:
+    """Compare formulas on the same data.
+
+    Args:
+        data: name of a built-in task, or path of a CSV, TSV, Parquet, NPZ, NPY file or of a folder of images.
+        formulas: texts or objectives; the first is the baseline.
+        seeds: how many seeds (0, 1, ...), or the seeds themselves.
+        out: the output folder.
+        label, target_type, split, group, time, test_file, label_noise, noise, class_weight, limit: how the data are
+            read; see `poise.tasks.load_task`.
+        model: `auto`, `linear`, `mlp`, `cnn` or `package.module:factory`.
+        solver, solver_options, lr, schedule, epochs, steps, batch_size: training; what is left out is chosen for the
+            data, the same for every formula, and written into `study.toml`.
+        precision: `fp32` or `bf16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        select: measure the model after the `last` step, or the one that was `best` on the validation split.
+        deterministic: refuse kernels whose results vary between repetitions.
+        tune: trials per formula and seed for `auto` weights and the learning rate; None means 10 where a weight is
+            `auto`, and no search otherwise.
+        leave_one_out: also measure every formula without each of its terms.
+        workers: worker processes; None for as many as the cores allow. `threads`: threads of each.
+
+    Raises:
+        InputError: a setting is wrong, two formulas are the same, or data and settings do not fit.
+        FormulaError: a formula does not parse.
+
+    >>> study = Study("digits", ["cross_entropy", "cross_entropy + 3*early_learning"], label_noise=0.4)
+    >>> print(study.run().summary.recommendation.text)          # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str],
+        formulas: str | Objective | Sequence[str | Objective],
+        seeds: int | Sequence[int] = 5,
+        *,
+        out: str | os.PathLike[str] = "poise-report",
+        label: str | None = None,
+        target_type: str | None = None,
+        split: tuple[float, float, float] = (0.6, 0.2, 0.2),
+        group: str | None = None,
+        time: str | None = None,
+        test_file: str | os.PathLike[str] | None = None,
+        label_noise: float = 0.0,
+        noise: str = "symmetric",
+        class_weight: str | None = None,
+        limit: int | None = None,
+        model: str = "auto",
+        solver: str | None = None,
+        solver_options: dict[str, Any] | None = None,
+        lr: float | None = None,
+        schedule: str | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        precision: str = "fp32",
+        device: str = "cpu",
+        select: str = "last",
+        deterministic: bool = False,
+        tune: int | None = None,
+        leave_one_out: bool = True,
+        workers: int | None = None,
+        threads: int = 1,
+    ) -> None:
+        listed = [formulas] if isinstance(formulas, str) or not isinstance(formulas, Sequence) else list(formulas)
+        content = {
+            "formulas": tuple(str(formula) for formula in listed),
+            "seeds": tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+            "leave_one_out": leave_one_out,
+            "data": {
+                "source": os.fspath(data),
+                "label": label,
+                "target_type": target_type,
+                "split": tuple(split),
+                "group": group,
+                "time": time,
+                "test_file": None if test_file is None else os.fspath(test_file),
+                "label_noise": label_noise,
+                "noise": noise,
+                "class_weight": class_weight,
+                "limit": limit,
+            },
+            "training": {
+                "model": model,
+                "solver": solver,
+                "solver_options": solver_options,
+                "lr": lr,
+                "schedule": schedule,
+                "epochs": epochs,
+                "steps": steps,
+                "batch_size": batch_size,
+                "precision": precision,
+                "device": device,
+                "select": select,
+                "deterministic": deterministic,
+            },
+            "tuning": {"trials": tune},
+            "engine": {"workers": workers, "threads": threads},
+        }
+        self._prepare(build_config(content), Path(out))
+
+    def _prepare(self, config: StudyConfig, folder: Path) -> None:
+        self._given = config
+        self.folder = folder
+        self._objectives = [_parse(text) for text in config.formulas]
+        texts = [str(objective) for objective in self._objectives]
+        for position, text in enumerate(texts):
+            if text in texts[:position]:
+                raise InputError(f"The formula {text!r} is given twice; two equal formulas have nothing to compare.")
+
+    @classmethod
+    def from_config(cls, config: StudyConfig, out: str | os.PathLike[str] = "poise-report") -> Study:
+        """Build a study from a validated configuration."""
+        study = cls.__new__(cls)
+        study._prepare(config, Path(out))
+        return study
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Study:
+        """Build a study from a `study.toml`.
+
+        Args:
+            path: the file. Data files that it names relative to itself are found beside it.
+            out: the output folder; None for the folder of the file, so that the study continues there.
+
+        Raises:
+            InputError: the file is missing or not valid; unknown keys are named.
+        """
+        file = Path(path)
+        config = read_config(file)
+        data = config.data.model_copy(
+            update={name: _beside(file, getattr(config.data, name)) for name in ("source", "test_file")}
+        )
+        return cls.from_config(config.model_copy(update={"data": data}), file.parent if out is None else out)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Summary:
+        """Summarise a study from its store alone, without the data and without writing anything.
+
+        Args:
+            folder: the output folder of a study, finished or not.
+
+        Raises:
+            StoreError: there is no store, or it holds no study.
+        """
+        with Store(Path(folder) / STORE, readonly=True) as store:
+            content, task = store.get_meta("study"), store.get_meta("task")
+            if content is None or task is None:
+                raise StoreError(f"The store in {folder} holds no study. Run the study again.")
+            config = build_config(content, origin=f"the study in {folder}")
+            study = cls.from_config(config, folder)
+            described = _task_from_meta(task)
+            plan = study._plan(config, described)
+            plan.feed(store.records())
+            return summarize(plan, described, store.curves)
+
+    @cached_property
+    def task(self) -> Task:
+        """The loaded task.
+
+        Raises:
+            InputError: the data cannot be read, or are no longer those that `study.toml` was written for.
+        """
+        from poise.tasks import load_task
+
+        spec = _data_spec(self._given)
+        task = load_task(spec.source, **spec.arguments())
+        expected = self._given.data.fingerprint
+        if expected and expected != task.fingerprint:
+            raise InputError(
+                f"The data of this study have changed since study.toml was written ({spec.source}; fingerprint "
+                f"{task.fingerprint[:12]}, expected {expected[:12]}). Restore the data, or delete the line "
+                f"'fingerprint' "
+                "to study the new ones."
+            )
+        return task
+
+    @cached_property
+    def config(self) -> StudyConfig:
+        """The configuration with every default chosen for the data; this is what `study.toml` holds.
+
+        Raises:
+            InputError: the data cannot be read.
+        """
+        from poise.studies.defaults import resolve_training
+
+        training = resolve_training(self._given.training, self.task, self._given.data)
+        data = self._given.data.model_copy(
+            update={
+                "source": _absolute(self._given.data.source),
+                "test_file": _absolute(self._given.data.test_file),
+                "fingerprint": self.task.fingerprint,
+            }
+        )
+        # Formulas in canonical form: a later version reads the file as this one understood it.
+        formulas = tuple(str(objective) for objective in self._objectives)
+        return self._given.model_copy(update={"training": training, "data": data, "formulas": formulas})
+
+    def to_toml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the study as TOML, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        text = self.config.to_toml()
+        if path is not None:
+            _write(Path(path), text)
+        return text
+
+    def plan(self) -> Plan:
+        """Return a fresh plan of all runs."""
+        return self._plan(self.config, _describe(self.task))
+
+    def _plan(self, config: StudyConfig, task: TaskSummary) -> Plan:
+        base = _base_spec(config, task.fingerprint)
+        return Plan(config, self._objectives, base, primary=task.primary, direction=task.direction)
+
+    def summary(self) -> Summary:
+        """Summarise what the folder holds now."""
+        return Study.open(self.folder)
+
+    def run(self, progress: ProgressCallback | None = None, engine: Engine | None = None) -> StudyResult:
+        """Run what is missing and summarise.
+
+        Args:
+            progress: called with a `StudyProgress` at the start and end of every run and a few times a second between.
+            engine: who runs the runs; None for worker processes on this machine. It is closed at the end.
+
+        Returns:
+            The result. A failed run does not stop the others; it is listed in `failed`.
+
+        Raises:
+            StoreError: another process runs a study on this folder, or the folder cannot be written.
+            KeyboardInterrupt: after every finished run was stored; call again to continue.
+        """
+        _make_folder(self.folder)
+        with FolderLock(self.folder), Store(self.folder / STORE) as store:
+            with contextlib.ExitStack() as stack:
+                engine = stack.enter_context(engine if engine is not None else self._engine(store))
+                described = _describe(self.task)
+                plan = self._plan(self.config, described)
+                _write(self.folder / TOML, self.config.to_toml())
+                store.set_meta("study", self.config.model_dump(mode="json"))
+                store.set_meta("task", _task_to_meta(described))
+                # Runs that failed before are tried again: their reason may have been the machine's.
+                plan.feed(record for record in store.records() if record.status == "done")
+                _Session(plan, store, engine, self.folder / CHECKPOINTS, task=described, progress=progress).run()
+            summary = summarize(plan, described, store.curves)
+        with contextlib.suppress(OSError):
+            (self.folder / CHECKPOINTS).rmdir()
+        failed = tuple(run for run in summary.failed if run.role != "trial")
+        return StudyResult(summary, self.folder, self.folder / STORE, failed)
+
+    def _engine(self, store: Store) -> LocalEngine:
+        settings = self._given.engine
+        workers = settings.workers
+        if workers is None and self._given.training.device.split(":")[0] in ("cuda", "mps", "auto"):
+            # Runs that share a GPU wait for each other; one process keeps the measured times honest.
+            workers = 1 if self.config.training.device != "cpu" else None
+        engine = LocalEngine(workers, settings.threads, folder=self.folder / CHECKPOINTS)
+        if not store.ids():
+            # A new study needs every worker: they load PyTorch while this process loads the data.
+            engine.start(min(engine.slots, len(self._objectives) * len(self._given.seeds)))
+        return engine
+
+
+class _Session:
+    """One call of `Study.run`: drives the engine until the plan wants nothing more."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        engine: Engine,
+        checkpoints: Path,
+        *,
+        task: TaskSummary,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._plan = plan
+        self._store = store
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._score = f"test/{task.primary}"
+        self._callback = progress
+        self._began = time.monotonic()
+        self._reported = -math.inf
+        self._running: dict[str, float] = {}
+        self._reused = plan.done
+        self._spent = 0.0  # budgets finished in this session
+        self._seconds = 0.0  # their wall time
+
+    def run(self) -> None:
+        self._report("begun", f"{self._plan.planned} runs, {self._reused} of them finished before.")
+        try:
+            self._submit()
+            for event in self._engine.events():
+                self._take(event)
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
+        self._report("ended", "The study is complete." if self._plan.done >= self._plan.planned else "")
+
+    def _submit(self) -> None:
+        self._engine.submit(self._plan.wanted())
+
+    def _take(self, event: RunEvent) -> None:
+        if event.kind == "finished" and event.record is not None:
+            self._running.pop(event.id, None)
+            self._keep(event.record)
+            self._submit()
+            failed = event.record.status == "failed"
+            self._report("failed" if failed else "finished", self._words(event.record))
+        elif event.kind == "cancelled":
+            self._running.pop(event.id, None)
+        elif event.kind == "progress":
+            self._running[event.id] = event.fraction
+            self._report("progress")
+        else:
+            self._running[event.id] = 0.0
+            self._report(event.kind, event.message or f"Run {event.id} has started.")
+
+    def _keep(self, record: RunRecord) -> None:
+        self._store.put(record)
+        # Only now is the checkpoint useless: the record is on the disk.
+        shutil.rmtree(self._checkpoints / record.id, ignore_errors=True)
+        self._plan.feed([record])
+        if record.status == "done":
+            self._spent += self._plan.cost(record.spec)
+            self._seconds += record.seconds
+
+    def _interrupt(self) -> None:
+        """Let running runs write their checkpoints, and store what finishes meanwhile."""
+        self._engine.cancel()
+        for event in self._engine.events():
+            if event.kind == "finished" and event.record is not None and event.record.status == "done":
+                self._store.put(event.record)
+
+    def _words(self, record: RunRecord) -> str:
+        role, _, seed = self._plan.roles[record.id]
+        what = f"{record.spec.formula}, seed {seed}" + ("" if role == "final" else f" ({role})")
+        return f"{what}: {record.error}" if record.status == "failed" else f"{what}: {record.seconds:.1f} s"
+
+    def _report(self, event: str, message: str = "") -> None:
+        now = time.monotonic()
+        if self._callback is None or (event == "progress" and now - self._reported < _SECONDS_BETWEEN_REPORTS):
+            return
+        self._reported = now
+        plan = self._plan
+        self._callback(
+            StudyProgress(
+                event=event,
+                message=message,
+                done=plan.done,
+                planned=plan.planned,
+                failed=plan.failed,
+                reused=self._reused,
+                running=dict(self._running),
+                formulas=tuple(self._formula(index) for index in range(len(plan.formulas))),
+                seconds=now - self._began,
+                seconds_left=self._seconds_left(now),
+            )
+        )
+
+    def _formula(self, index: int) -> FormulaProgress:
+        plan = self._plan
+        tracks = [track for track in plan.tracks if track.formula == index]
+        records = [plan.records.get(track.final.id) for track in tracks if track.final is not None]
+        values = [r.metrics[self._score] for r in records if r is not None and self._score in r.metrics]
+        failed = sum(r is not None and r.status == "failed" for r in records) + sum(bool(t.failure) for t in tracks)
+        mean = math.fsum(values) / len(values) if values else None
+        return FormulaProgress(str(plan.formulas[index]), len(values), len(tracks), failed, mean)
+
+    def _seconds_left(self, now: float) -> float | None:
+        if self._spent == 0.0:
+            return None
+        # Wall time already contains the sharing of the cores and the start of the workers, so it beats sums of run
+        # times.
+        part = sum(
+            fraction * self._plan.cost_of(run)
+            for run, fraction in self._running.items()
+            if run not in self._plan.records
+        )
+        rate = (now - self._began) / (self._spent + part)
+        return max(0.0, (self._plan.remaining_cost - part) * rate)
+
+
+def _parse(text: str) -> Objective:
+    from poise.formula import parse
+
+    objective = parse(text)
+    objective.check_weights()
+    return objective
+
+
+def _data_spec(config: StudyConfig) -> DataSpec:
+    return DataSpec(**config.data.model_dump())
+
+
+def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
+    """Return the specification that all runs of a study share; formula and seed are filled in by the plan."""
+    training = config.training
+    assert training.lr is not None
+    assert training.batch_size is not None
+    assert training.solver is not None
+    return RunSpec(
+        data=replace(_data_spec(config), fingerprint=fingerprint),
+        formula="",
+        seed=0,
+        model=training.model,
+        model_code=_model_code(training.model),
+        solver=training.solver,
+        solver_options=dict(training.solver_options or {}),
+        lr=training.lr,
+        schedule=training.schedule,
+        epochs=training.epochs,
+        steps=training.steps,
+        batch_size=training.batch_size,
+        precision=training.precision,
+        device=training.device,
+        threads=config.engine.threads,
+        select=training.select,
+        deterministic=training.deterministic,
+    )
+
+
+def _model_code(model: str) -> str:
+    """Return the hash of a factory's source file, so that a changed model is another run."""
+    module = model.partition(":")[0]
+    if ":" not in model:
+        return ""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        found = importlib.util.find_spec(module)
+        if found is not None and found.origin is not None:
+            return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+    return ""
+
+
+def _describe(task: Task) -> TaskSummary:
+    direction: Literal["max", "min"] = "max" if task.direction == "max" else "min"
+    return TaskSummary(
+        name=task.name,
+        source=task.source,
+        target_type=task.target_type,
+        examples=task.examples,
+        sizes={},
+        input_shape=tuple(task.input_shape),
+        classes=tuple(str(name) for name in task.classes or ()),
+        fingerprint=task.fingerprint,
+        primary=task.primary,
+        direction=direction,
+        notes=tuple(task.notes),
+        warnings=tuple(task.warnings),
+    )
+
+
+def _task_to_meta(task: TaskSummary) -> dict[str, Any]:
+    return dict(vars(task))
+
+
+def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
+    # JSON knows lists only.
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    return TaskSummary(**fields)
+
+
+def _absolute(location: str | None) -> str | None:
+    """Return the absolute path of an existing file or folder; a task's name stays as it is."""
+    if location is None or not Path(location).exists():
+        return location
+    return str(Path(location).resolve())
+
+
+def _beside(file: Path, location: str | None) -> str | None:
+    """Return a path that the file names relative to itself, where it exists there and not from here."""
+    if location is None or Path(location).exists():
+        return location
+    beside = file.parent / Path(location).name
+    relative = file.parent / location
+    return str(relative) if relative.exists() else str(beside) if beside.exists() else location
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot make the output folder {folder}: {error.strerror or error}. Choose another output folder."
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"Cannot write {path}: {error.strerror or error}. Choose another output folder.") from error
