@@ -1,0 +1,36 @@
+"""Reports and extrapolation: what happened, and why. Nothing here trains. Public names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME: dict[str, str] = {
+    "EpochDynamics": "memorization",
+    "LabelSuspects": "memorization",
+    "MemorizationRecorder": "memorization",
+    "MemorizationReport": "memorization",
+    "Robustness": "weights",
+    "WeightStatistics": "weights",
+    "decay_pull": "weights",
+    "effective_lr_profile": "weights",
+    "gradient_coefficients": "memorization",
+    "memorization_report": "memorization",
+    "suspect_labels": "memorization",
+    "weight_drop_robustness": "weights",
+    "weight_report": "weights",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'poise.insight' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"poise.insight.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
