@@ -53,7 +53,7 @@ class PublishedLoss:
         return functional.cross_entropy(logits, label) + self.weight * (1 - agreement).log().mean()
 
 
-@settings(deadline=None)
+@settings(deadline=None)  # the first example pays for imports
 @given(beta=st.floats(0, 0.99), weight=st.floats(0.1, 10), seed=st.integers(0, 10_000))
 def test_values_and_gradients_equal_the_authors_loss_step_by_step(beta: float, weight: float, seed: int) -> None:
     term = bound(examples=8, beta=beta)
@@ -75,6 +75,7 @@ def test_values_and_gradients_equal_the_authors_loss_step_by_step(beta: float, w
         torch.testing.assert_close(term.targets(), oracle.memory, **EXACT)
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(beta=st.floats(0, 0.99), seed=st.integers(0, 10_000))
 def test_the_gradient_is_minus_p_times_t_minus_s_over_one_minus_s(beta: float, seed: int) -> None:
     term = bound(beta=beta)
@@ -90,6 +91,7 @@ def test_the_gradient_is_minus_p_times_t_minus_s_over_one_minus_s(beta: float, s
     torch.testing.assert_close(gradient, pairwise, **EXACT)
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(seed=st.integers(0, 10_000))
 def test_a_gradient_step_moves_the_prediction_towards_the_largest_target(seed: int) -> None:
     term = bound()
@@ -163,6 +165,7 @@ def test_where_the_clamp_acts_the_gradient_of_that_entry_is_zero() -> None:
     assert float(gradient.abs().max()) == 0.0
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(
     scale=st.floats(0.0, 1e4),
     visits=st.integers(0, 40),
@@ -229,6 +232,7 @@ def test_forward_moves_nothing_and_advance_stores_what_forward_looked_ahead_at()
     torch.testing.assert_close(term.targets(), first.extras["target"], **EXACT)
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(seed=st.integers(0, 1000))
 def test_permuting_the_batch_leaves_loss_and_memory_unchanged(seed: int) -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
