@@ -34,7 +34,7 @@ from poise.errors import InputError
 from poise.objective import Term
 from poise.parts.compander import COMFORT, MARGIN, BeforeWeightNorm, Compander, EnterPass, ForwardScope, LeavePass
 from poise.parts.companding_functions import CompandingFunction, companding_function
-from poise.parts.companding_handle import Companding, companding_of, folded_copy, read_weights_live
+from poise.parts.companding_handle import Companding, companding_of, folded_copy, read_weights_live, remember_order
 from poise.parts.companding_selection import Place, Selector, parametrizations_of, select
 
 __all__ = ["CompandBarrier", "Compander", "Companding", "compand", "companding_of", "folded_copy"]
@@ -237,7 +237,7 @@ def _starting_value(place: Place, compander: Compander, init: str) -> Tensor:
         return (w / compander.slope_at_zero.detach()).to(w.dtype)
     v = compander.inverse(w)
     if compander.clip and math.isfinite(compander.function.bound):
-        compander.clipped_share = float((w.abs() > MARGIN * compander.w_max.detach()).float().mean())
+        compander.clipped_share = float((w.abs() > MARGIN * (1 + 1e-6) * compander.w_max.detach()).float().mean())
     compander.largest_change = float((compander._bend(v).detach() - w).abs().max())
     return v
 
@@ -255,6 +255,7 @@ def _install(plan: _Plan) -> None:
             else:
                 held[0] = BeforeWeightNorm(held[0], compander)
         else:
+            remember_order(place.module)
             parametrize.register_parametrization(place.module, place.tensor_name, compander)
             held = parametrizations_of(place.module, place.tensor_name)
             if isinstance(place.module, nn.RNNBase):

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from poise.errors import StateError
 from poise.parts.compander import SATURATED, BeforeWeightNorm, Compander, EnterPass, LeavePass, warn_of_drift
 
-__all__ = ["Companding", "Entry", "companding_of", "entries_of", "folded_copy", "read_weights_live"]
+__all__ = ["Companding", "Entry", "companding_of", "entries_of", "folded_copy", "read_weights_live", "remember_order"]
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,25 @@ def _remove(entry: Entry) -> None:
             delattr(type(module), "_flat_weights")
             module.__dict__["_flat_weights"] = [None] * len(module._flat_weights_names)
         parametrize.remove_parametrizations(module, entry.tensor_name, leave_parametrized=False)
+        _restore_order(module)
         if isinstance(module, nn.RNNBase):
             if any(isinstance(e.module, nn.RNNBase) and e.module is module for e in entries_of(module)):
                 read_weights_live(module)
             else:
                 module._init_flat_weights()
+
+
+def remember_order(module: nn.Module) -> None:
+    """Note the order of a module's parameters before the first is moved away, so that folding gives the plain model's order back."""
+    if not parametrize.is_parametrized(module):
+        module.__dict__["_plain_order"] = list(module._parameters)
+
+
+def _restore_order(module: nn.Module) -> None:
+    if parametrize.is_parametrized(module):
+        return
+    for name in module.__dict__.pop("_plain_order", ()):
+        module._parameters[name] = module._parameters.pop(name)
 
 
 def read_weights_live(module: nn.RNNBase) -> None:
