@@ -91,19 +91,27 @@ class PerExampleMemory(nn.Module):
         Raises:
             QuantityError: an index is out of range or stands twice, so that the result would depend on an order.
         """
-        self._check(index)
+        if not self.examples or index.dtype != torch.int64 or index.ndim != 1:
+            self._check(index)
         ticket = torch.arange(len(index), device=index.device)
         drawn = torch.empty_like(self.visits)
-        drawn[index] = ticket
-        if index.device.type == "cpu" and not torch.equal(drawn[index], ticket):
+        try:
+            won = drawn.index_copy_(0, index, ticket).index_select(0, index)
+        except (IndexError, RuntimeError):
+            self._check(index)
+            raise
+        rows = rows.detach().to(self.values.dtype)
+        if index.device.type != "cpu":
+            # Where duplicates cannot be seen without waiting for the device, the row of the winning ticket is stored: one row, whole.
+            rows = rows.index_select(0, won)
+        elif not torch.equal(won, ticket):
             twice = [int(i) for i, n in zip(*torch.unique(index, return_counts=True), strict=True) if n > 1]
             raise QuantityError(
                 f"The index {twice[0]} stands more than once in one step, so it is not defined which of its rows is remembered. "
                 "Sample without replacement within a step."
             )
-        # Where duplicates cannot be seen without waiting for the device, the row of the winning ticket is stored: one row, whole.
-        self.values[index] = rows.detach().to(self.values.dtype)[drawn[index]]
-        self.visits[index] += 1
+        self.values.index_copy_(0, index, rows)
+        self.visits.index_copy_(0, index, self.visits.index_select(0, index) + 1)
 
     def _select(self, table: Tensor, index: Tensor) -> Tensor:
         if not self.examples:
