@@ -313,17 +313,14 @@ class ProgressiveSelfDistillation(Term):
         share: Tensor | None = None,
     ) -> Tensor:
         alpha = self.alpha(epoch, epochs)
-        log_p = _wide(logits).log_softmax(-1)
-        against_label = _cross_entropy(log_p, target)
+        logits = _wide(logits)
         if alpha == 0 or epoch == 0:
-            return against_label
+            return _cross_entropy(logits, target)
         past = self._past(logits.shape, index, input, model)
         if partner is not None and share is not None:
             s = share[:, None].to(past.dtype)
             past = s * past + (1 - s) * past[partner]
-        # A row that was never stored is 0: its sum, the part of y that P replaces, is then 0 as well.
-        known = past.sum(-1)
-        return against_label - alpha * ((past * log_p).sum(-1) + known * against_label)
+        return -(_soften(target, past, alpha) * logits.log_softmax(-1)).sum(-1)
 
     def count(self, target: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         return _count_positions(target, mask, sample_weight)
@@ -355,15 +352,11 @@ class ProgressiveSelfDistillation(Term):
         Raises:
             IncompatibleError: `model` is no module that can be copied.
         """
-        if not isinstance(model, nn.Module):
-            raise IncompatibleError(
-                f'{self.formula}(teacher="snapshot") copies the model, so `model` must be a torch.nn.Module, and it is a '
-                f'{type(model).__name__}. Give the module, or use teacher="memory".'
-            )
+        module = _module_of(model)
         if self._snapshot is None:
-            self._snapshot = FrozenModel(model)
+            self._snapshot = FrozenModel(module)
         else:
-            self._snapshot.refresh(model)
+            self._snapshot.refresh(module)
 
     def soft_targets(
         self,
@@ -392,21 +385,14 @@ class ProgressiveSelfDistillation(Term):
         alpha = self.alpha(epoch, epochs)
         if self.memory is not None:
             classes = self.memory.values.shape[1] // (self.time or 1)
-        past: Tensor | None = None
         if alpha > 0 and epoch > 0:
-            past = self._past(
-                target.shape if _is_distribution(target) else (*target.shape, classes or 0), index, input, None
-            )
-            classes = past.shape[-1]
-        if _is_distribution(target):
-            labels = target.detach()
-        elif classes is None:
-            raise InputError(
-                f"{self.formula}.soft_targets: nothing is stored yet that tells the number of classes; give classes=."
-            )
-        else:
-            labels = F.one_hot(target.clamp(min=0), classes).float()
-        return labels if past is None else (1 - alpha * past.sum(-1, keepdim=True)) * labels + alpha * past
+            shape = target.shape if target.is_floating_point() else (*target.shape, classes or 0)
+            return _soften(target, self._past(shape, index, input, None), alpha)
+        if target.is_floating_point():
+            return target.detach()
+        if classes is None:
+            raise InputError(f"{self.formula}.soft_targets: nothing is stored yet that tells the number of classes; give classes=.")
+        return F.one_hot(target.clamp(min=0), classes).float()
 
     @property
     def unseen(self) -> int:
@@ -431,9 +417,9 @@ class ProgressiveSelfDistillation(Term):
         return past
 
     def _ask_snapshot(self, input: Any, model: Any) -> Tensor:
-        if self._snapshot is None and self._saved_snapshot is not None and isinstance(model, nn.Module):
+        if self._snapshot is None and self._saved_snapshot is not None and model is not None:
             # A saved state has the weights of the copy; what it is a copy of is known only now.
-            self._snapshot = FrozenModel(model)
+            self._snapshot = FrozenModel(_module_of(model))
             self._snapshot.load_state_dict(self._saved_snapshot)
             self._saved_snapshot = None
         if self._snapshot is None:
@@ -475,20 +461,26 @@ class ProgressiveSelfDistillation(Term):
         return self
 
 
-def _cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
-    """- sum_k y_k log p_k, for class indices or distributions; an index of -100 (padding) gives some finite value."""
-    if _is_distribution(target):
-        return -(target * log_p).sum(-1)
-    return -log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+def _soften(target: Tensor, past: Tensor, alpha: float) -> Tensor:
+    """ỹ = (1 - alpha) y + alpha P. A row of P that was never stored is 0: its sum, the share of y that it replaces, is 0 too."""
+    soft = alpha * past
+    label = 1 - soft.sum(-1, keepdim=True)
+    if target.is_floating_point():
+        return label * target.detach() + soft
+    # an index of -100 marks padding: whatever stands there does not count
+    return soft.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), label)
 
 
-def _is_distribution(target: Tensor) -> bool:
-    return target.is_floating_point()
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """- sum_k y_k log p_k, `[batch]` or `[batch, time]`; padding, index -100, gives 0."""
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, target, reduction="none")
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="none").view(logits.shape[:2])
 
 
 def _count_positions(target: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor:
     """What each value of a batch `[batch]` or of sequences `[batch, time]` counts; padding (mask False, target -100) is 0."""
-    if _is_distribution(target):
+    if target.is_floating_point():
         share = torch.ones(target.shape[:-1], device=target.device)
     else:
         share = (target >= 0).float()
@@ -517,6 +509,19 @@ def _next_of_class(target: Tensor) -> Tensor:
 def _wide(logits: Tensor) -> Tensor:
     """Half-precision logits as float32: a softmax needs the bits."""
     return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def _module_of(model: Any) -> nn.Module:
+    """The module itself: the quantity `model` may be a view of it, and the view's module a wrapper for several processes."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    if not isinstance(module, nn.Module):
+        raise IncompatibleError(
+            'progressive_self_distillation(teacher="snapshot") copies the model, so `model` must be a torch.nn.Module, and it '
+            f'is a {type(model).__name__}. Give the module, or use teacher="memory".'
+        )
+    return module
 
 
 def _fit_time(rows: Tensor, time: int) -> Tensor:
