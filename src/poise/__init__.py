@@ -25,7 +25,6 @@ _HOME: dict[str, str] = {
     "Certificate": "problem",
     "fit": "fit",
     "Run": "fit",
-    "OnPolicy": "streams",
     "Stream": "streams",
     "PerExampleMemory": "memory",
     "FrozenModel": "frozen",
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from poise.objective import DataInfo, Evaluation, Objective, Term, Value, auxiliary
     from poise.problem import Certificate, Problem, Step
     from poise.quantities import Quantities
-    from poise.streams import OnPolicy, Stream
+    from poise.streams import Stream
     from poise.studies import Study
     from poise.tasks import load_task
     from poise.weights.auto import auto

@@ -46,6 +46,10 @@ class StateError(PoiseError, RuntimeError):
     """A stateful objective is used out of order, for instance stepped without `advance`."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run; the message says what is saved and how to go on."""
+
+
 class MissingDependencyError(PoiseError, ImportError):
     """An optional library is not installed; the message gives the line that installs it."""
 

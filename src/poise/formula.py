@@ -201,7 +201,7 @@ class _Reader:
             if isinstance(left, Objective) and isinstance(right, Objective):
                 raise self._error(node, "Two terms cannot be multiplied: an objective is a weighted sum.")
             if isinstance(left, Objective) or isinstance(right, Objective):
-                return left * right  # type: ignore[operator]
+                return left * right
             return multiply(left, right)
         except InputError as error:
             raise self._error(node, str(error)) from None

@@ -753,9 +753,7 @@ class Objective(nn.Module):
             source = state.source(entry)
             if source is not None and (entry.label not in parts or parts[entry.label].active):
                 arguments = state.arguments(entry, entry.advance_reads, source)
-                waiting["reads"][entry.label] = {
-                    k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()
-                }
+                waiting["reads"][entry.label] = _counting_rows(arguments, source.get("sample_weight"))
         for entry in self._duals:
             part = parts.get(entry.label)
             if part is not None and part.active:
@@ -997,6 +995,15 @@ def _identity(sources: Mapping[str | None, Mapping[str, Any]]) -> tuple[Any, ...
         for v in source.values()
         if isinstance(v, Tensor) and not v.requires_grad
     )
+
+
+def _counting_rows(arguments: dict[str, Any], weight: Tensor | None) -> dict[str, Any]:
+    """Detach what `advance` will read, and leave out the padding rows, which count nothing."""
+    found = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    if weight is None or bool((weight > 0).all()):
+        return found
+    rows = weight > 0
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in found.items()}
 
 
 def _add_weights(left: Number | Coefficient, right: Number | Coefficient) -> Number | Coefficient:

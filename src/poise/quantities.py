@@ -210,6 +210,10 @@ class Quantities(Mapping[str, Any]):
             raise InputError(f"The quantity {name!r} is offered twice.")
         self._makers[name] = make
 
+    def put(self, name: str, value: Any) -> None:
+        """Offer a value that is there already."""
+        self._values[name] = value
+
     def __getitem__(self, name: str) -> Any:
         if name in self._values:
             return self._values[name]

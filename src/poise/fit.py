@@ -1,0 +1,898 @@
+"""The one training loop.
+
+    run = poise.fit(model, "cross_entropy + 0.01*l2", {"input": x, "target": y}, epochs=20)
+    run.model, run.history["loss"], run.history["valid/accuracy"]
+
+A step takes one batch from every stream, freezes it as a `Problem`, lets the solver step, and advances the objective.
+A run that is stopped and resumed from its checkpoint equals the uninterrupted one bit for bit, on one machine with deterministic kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise import checkpoint as checkpoints
+from poise import processes
+from poise.coefficient import Clock, Coefficient
+from poise.errors import CheckpointError, IncompatibleError, InputError, Interrupted, NonFiniteError
+from poise.objective import DataInfo, Objective, Summand, Term
+from poise.problem import ModelView, Problem, Step
+from poise.quantities import Quantities
+from poise.readouts.supervised import Readout, readout_for
+from poise.solvers.torch_optimizers import as_solver
+from poise.streams import Stream
+
+Metrics = Callable[[Tensor, Tensor], Mapping[str, float]]
+
+
+class History(Mapping[str, list[float]]):
+    """Curves by name: `history["loss"]` are the values and `history.steps("loss")` the optimiser steps they belong to."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, tuple[list[int], list[float]]] = {}
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Append a point to a curve."""
+        steps, values = self._curves.setdefault(name, ([], []))
+        steps.append(step)
+        values.append(value)
+
+    def steps(self, name: str) -> list[int]:
+        """Return the steps of a curve."""
+        return self._curves[name][0]
+
+    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Return every curve as `(steps, values)`."""
+        return self._curves
+
+    def __getitem__(self, name: str) -> list[float]:
+        return self._curves[name][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+
+@dataclass
+class Run:
+    """What `fit` returns.
+
+    Attributes:
+        model: the trained module (the best one by `monitor` where `restore_best` was asked for).
+        objective: with its memories and multipliers.
+        history: the curves.
+        steps: optimiser steps that were made, skipped ones included.
+        best: `(step, value)` of the monitored metric, or None.
+        stopped: why training ended, in words.
+        skipped: steps that were skipped as not finite.
+        seconds: time in the loop, of this process and of those it resumed from.
+        peak_memory: bytes: of the device on CUDA, else the largest growth of this process's memory seen at the log points.
+    """
+
+    model: nn.Module
+    objective: Objective
+    history: History
+    steps: int
+    best: tuple[int, float] | None
+    stopped: str
+    skipped: int
+    seconds: float
+    peak_memory: int
+    readout: Readout
+    device: torch.device
+
+    def predict(self, input: Tensor, batch_size: int = 1024) -> Tensor:
+        """Return the readout's output (logits or predictions) for all rows, in evaluation mode, on the CPU."""
+        return predict(self.model, input, self.readout, self.device, batch_size).cpu()
+
+
+@dataclass
+class FitState:
+    """What callbacks see; they may set `stop` to a reason."""
+
+    model: nn.Module
+    objective: Objective
+    history: History
+    step: int = 0
+    epoch: int = 0
+    steps: int = 0
+    steps_per_epoch: int | None = None
+    best: tuple[int, float] | None = None
+    latest: Step | None = None
+    stop: str | None = None
+    skipped: int = 0
+    seconds: float = 0.0
+    unimproved: int = 0
+    best_weights: dict[str, Tensor] | None = None
+
+
+@dataclass
+class _Window:
+    """What the steps since the last log point were worth, kept on the device."""
+
+    totals: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    weights: dict[str, float | Tensor] = field(default_factory=dict)
+    acted: dict[str, int] = field(default_factory=dict)
+
+    def add(self, step: Step) -> None:
+        if not step.skipped:
+            self.totals.append(step.value)
+        if step.gradient_norm is not None:
+            self.norms.append(step.gradient_norm)
+        for label, term in step.terms.items():
+            self.weights[label] = term.weight
+            self.acted[label] = self.acted.get(label, 0) + term.active
+            if term.active and not step.skipped:
+                self.terms.setdefault(label, []).append(term.value)
+
+    def write(self, history: History, step: int) -> None:
+        if self.totals:
+            history.add("loss", step, float(torch.stack(self.totals).mean()))
+        if self.norms:
+            history.add("gradient_norm", step, float(torch.stack(self.norms).mean()))
+        for label, values in self.terms.items():
+            history.add(f"term/{label}", step, float(processes.sum_across(torch.stack(values).mean())))
+        for label, weight in self.weights.items():
+            value = float(weight.mean()) if isinstance(weight, Tensor) else float(weight)
+            history.add(f"weight/{label}", step, value)
+            history.add(f"active/{label}", step, self.acted[label] / max(1, len(self.totals)))
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective | Term | str,
+    train: Any,
+    valid: Any = None,
+    *,
+    readout: Readout | Mapping[str, Readout] | None = None,
+    solver: Any = "sgd",
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    lr_schedule: Coefficient | Callable[[torch.optim.Optimizer], Any] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    clip: float | None = None,
+    transform: Any = None,
+    precision: str = "fp32",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    deterministic: bool = False,
+    metrics: Metrics | None = None,
+    validate_every: int | None = None,
+    monitor: str | None = None,
+    patience: int | None = None,
+    restore_best: bool = False,
+    on_nonfinite: str = "stop",
+    log_every: int | None = None,
+    callbacks: Sequence[Any] = (),
+    progress: bool | Callable[[FitState], None] = False,
+    trackers: Sequence[str] = (),
+    tracker_folder: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_steps: int | None = None,
+    checkpoint_seconds: float | None = 60.0,
+    resume: bool = True,
+) -> Run:
+    """Minimise an objective over a model's parameters.
+
+    Args:
+        model: any module; it is trained in place.
+        objective: an objective, a term or a formula.
+        train: tensors by quantity name, `(input, target)`, a data set, a `DataLoader`, a `Stream`, or a mapping of these by stream
+            name (`{"main": ..., "anchor": ...}`).
+        valid: data of the same form, for metrics after every `validate_every` steps.
+        readout: how quantities are made from the model; by default classification or regression by the target.
+        solver: a solver, a name ("sgd", "adamw", "lbfgs", ...), a `torch.optim` class, or an optimiser with its parameters.
+        lr, weight_decay: handed to a solver that is given by name or class.
+        lr_schedule: a schedule that multiplies every learning rate (`cosine(1, 0)`), or a function that makes a PyTorch scheduler.
+        steps, epochs: length of the run; exactly one of them, 10 epochs where neither is given.
+        batch_size: examples of one step, over all processes and micro-batches.
+        accumulate: micro-batches of one step.
+        clip: largest norm of the gradient, for a solver that is given by name or class.
+        transform: `transform(batch, generator)` of the main stream, such as an augmentation.
+        precision: "fp32" or "bf16" (forward passes in bfloat16, everything else in float32).
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        seed: decides the data's order, augmentations, dropout and what terms draw; not the model's weights, which are there already.
+        deterministic: ask PyTorch for deterministic kernels only.
+        metrics: `metrics(output, target)` on the whole of `valid`; by default accuracy and negative log-likelihood, or RMSE and MAE.
+        validate_every: in steps; one epoch by default.
+        monitor: metric that early stopping and the best model go by; "accuracy" or "rmse" by default. Falling is better for names that
+            contain "loss", "nll", "rmse", "mae", "error" or "ece".
+        patience: stop after so many validations without a better `monitor`.
+        restore_best: return the model of the best validation.
+        on_nonfinite: "stop" raises at once; "skip" leaves the step out and counts it.
+        log_every: steps between points of the training curves; an epoch or 50 steps by default, whichever is less.
+        callbacks: objects with any of `on_begin(state)`, `on_step_end(state)`, `on_epoch_end(state)`, `on_end(state)`.
+        progress: True draws a bar with the time left; a function is called at every log point.
+        trackers: names of Accelerate's trackers ("tensorboard", "mlflow", "wandb"); `tracker_folder` is where they write.
+        checkpoint: a folder; then the run saves itself every `checkpoint_steps` steps or `checkpoint_seconds` seconds and at the end.
+        resume: go on from the newest checkpoint in the folder.
+
+    Raises:
+        InputError: an argument or the data do not fit.
+        IncompatibleError: the solver needs what a term does not offer.
+        NonFiniteError: a term became infinite or NaN.
+        Interrupted: Ctrl-C; what is there was saved.
+
+    >>> x, y = torch.randn(64, 3), torch.randint(0, 2, (64,))
+    >>> run = fit(nn.Linear(3, 2), "cross_entropy", (x, y), steps=5)
+    >>> run.steps
+    5
+    """
+    return _Loop(**locals()).run()
+
+
+class _Loop:
+    """One call of `fit`."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        objective: Objective | Term | str,
+        train: Any,
+        valid: Any,
+        readout: Any,
+        solver: Any,
+        steps: int | None,
+        epochs: float | None,
+        batch_size: int,
+        accumulate: int,
+        transform: Any,
+        precision: str,
+        device: str | torch.device,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise InputError(f"precision is 'fp32' or 'bf16', and it is {precision!r}.")
+        if options["on_nonfinite"] not in ("stop", "skip"):
+            raise InputError(f"on_nonfinite is 'stop' or 'skip', and it is {options['on_nonfinite']!r}.")
+        if accumulate < 1:
+            raise InputError(f"accumulate must be at least 1, and it is {accumulate}.")
+        self.options = options
+        self.device = choose_device(device)
+        self.seed, self.precision = seed, precision
+        self.model = model.to(self.device)
+        self.objective = _as_objective(objective)
+        self.objective.check_weights()
+        if self.objective.autos:
+            next(iter(self.objective.autos.values())).value(Clock())
+        self.objective.seed = seed
+        self.streams = self._prepare_streams(train, batch_size, accumulate, transform)
+        main = next(iter(self.streams.values()))
+        self.valid = _as_batch(valid, self.device)
+        self.readout = readout if readout is not None else self._choose_readout(main)
+        self.steps = self._length(steps, epochs, main.steps_per_epoch)
+        self.steps_per_epoch = main.steps_per_epoch
+        infos = {
+            name: DataInfo(s.examples, self._classes(s), self.device)
+            for name, s in self.streams.items()
+            if s.examples is not None
+        }
+        if "main" not in infos and infos:
+            infos["main"] = next(iter(infos.values()))
+        self.objective.bind(infos, steps=self.steps, steps_per_epoch=self.steps_per_epoch)
+        self.objective.to(self.device)
+        self.solver = self._prepare_solver(solver)
+        self.scheduler = self._prepare_schedule()
+        self.state = FitState(
+            self.model, self.objective, History(), steps=self.steps, steps_per_epoch=self.steps_per_epoch
+        )
+        self.window = _Window()
+        self.rising = not any(word in self._monitor() for word in ("loss", "nll", "rmse", "mae", "error", "ece"))
+        self.folder = None if options["checkpoint"] is None else Path(options["checkpoint"])
+        self.interrupted = False
+
+    # ---- setting out ------------------------------------------------------------------------------------------------
+
+    def _prepare_streams(self, train: Any, batch_size: int, accumulate: int, transform: Any) -> dict[str, Stream]:
+        named = isinstance(train, Mapping) and not any(isinstance(v, Tensor) for v in train.values())
+        given: Mapping[str, Any] = train if named else {"main": train}
+        if not given:
+            raise InputError("train has no stream: give data by name, as in {'main': ..., 'anchor': ...}.")
+        streams = {}
+        for place, (name, data) in enumerate(given.items()):
+            stream = (
+                data
+                if isinstance(data, Stream)
+                else Stream(data, batch_size, transform=transform if place == 0 else None)
+            )
+            streams[name] = stream.prepare(name, self.seed, self.device, accumulate)
+        known = {*streams, None}
+        for stream_name in self.objective.streams:
+            if stream_name not in known:
+                raise InputError(
+                    f"The objective reads the stream {stream_name!r}, and train has {', '.join(streams)}. "
+                    "Give its data, or take the term out."
+                )
+        return streams
+
+    def _choose_readout(self, main: Stream) -> Readout:
+        target = main.data.get("target") if isinstance(main.data, Mapping) else None
+        if target is None:
+            target = next(main.iterate(0))[0].get("target")
+        if not isinstance(target, Tensor):
+            raise InputError("The training data have no 'target', so no readout is obvious: give readout=...")
+        return readout_for(target)
+
+    def _classes(self, stream: Stream) -> int | None:
+        """Return the number of classes: what the model puts out says it, where a target may lack a class."""
+        if (
+            getattr(self.readout, "output", None) != "logits"
+            or not isinstance(stream.data, Mapping)
+            or "input" not in stream.data
+        ):
+            return stream.classes
+        was = self.model.training
+        try:
+            out = predict(self.model, stream.data["input"][:2], self.readout, self.device)
+        finally:
+            self.model.train(was)
+        classes, target = int(out.shape[-1]), stream.classes
+        if target is not None and target > classes:
+            raise InputError(
+                f"The model puts out {classes} classes, and the target has class {target - 1}: it needs at least {target}."
+            )
+        return classes
+
+    @staticmethod
+    def _length(steps: int | None, epochs: float | None, steps_per_epoch: int | None) -> int:
+        if steps is not None and epochs is not None:
+            raise InputError("Give the length of the run in steps or in epochs, not in both.")
+        if steps is None:
+            if steps_per_epoch is None:
+                raise InputError("The length of an epoch is not known for these data: give steps=...")
+            steps = math.ceil((10 if epochs is None else epochs) * steps_per_epoch)
+        if steps < 0:
+            raise InputError(f"The run must have at least 0 steps, and it has {steps}.")
+        return steps
+
+    def _prepare_solver(self, solver: Any) -> Any:
+        options = {k: self.options[k] for k in ("lr", "weight_decay", "clip") if self.options[k] is not None}
+        made = hasattr(solver, "needs") or isinstance(solver, torch.optim.Optimizer)
+        if made and options:
+            raise InputError(
+                f"The solver is made already, so {', '.join(options)} would be ignored: say it where the solver is made."
+            )
+        prepared = as_solver(solver, **options)
+        for label, term in self.objective.terms.items():
+            lacking = prepared.needs - term.capabilities
+            if lacking:
+                raise IncompatibleError(
+                    f"The solver {prepared!r} needs terms with {', '.join(sorted(lacking))}, and {label!r} has not. Use 'sgd' or 'adamw'."
+                )
+        prepared.bind(self.model, self.objective)
+        return prepared
+
+    def _prepare_schedule(self) -> Any:
+        schedule, optimizer = self.options["lr_schedule"], getattr(self.solver, "optimizer", None)
+        if schedule is None:
+            return None
+        if optimizer is None:
+            raise IncompatibleError(f"The solver {self.solver!r} has no learning rate to schedule.")
+        if isinstance(schedule, Coefficient):
+            self.base_rates = [group["lr"] for group in optimizer.param_groups]
+            return None
+        return schedule(optimizer)
+
+    def _schedule_rates(self) -> None:
+        schedule = self.options["lr_schedule"]
+        if isinstance(schedule, Coefficient):
+            factor = schedule.value(self.objective.clock)
+            for group, rate in zip(self.solver.optimizer.param_groups, self.base_rates, strict=False):
+                group["lr"] = rate * factor
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _monitor(self) -> str:
+        if self.options["monitor"]:
+            return str(self.options["monitor"])
+        readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
+        return "accuracy" if readout.output == "logits" else "rmse"
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        with _deterministic(self.options["deterministic"]), self._listening(), _Memory(self.device) as memory:
+            self._resume()
+            with _bar(self.options["progress"], self.state) as report, self._tracking() as track:
+                self.report, self.track, self.memory = report, track, memory
+                self._call("on_begin")
+                self._train()
+                self._call("on_end")
+        if self.options["restore_best"] and self.state.best_weights is not None:
+            self.model.load_state_dict(self.state.best_weights)
+        state = self.state
+        readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
+        return Run(
+            self.model, self.objective, state.history, state.step, state.best, state.stop or "all steps are done", state.skipped,
+            state.seconds, memory.peak, readout, self.device,
+        )  # fmt: skip
+
+    def _train(self) -> None:
+        state, every = self.state, self._every()
+        begun, saved = time.monotonic() - state.seconds, time.monotonic()
+        draws = {name: stream.iterate(state.step) for name, stream in self.streams.items()}
+        self.model.train()
+        self.objective.train()
+        while state.step < self.steps and state.stop is None:
+            self._one_step(draws)
+            state.seconds = time.monotonic() - begun
+            if state.step % every == 0 or state.step == self.steps:
+                self._log()
+            self._call("on_step_end")
+            if self.steps_per_epoch and (state.step % self.steps_per_epoch == 0 or state.step == self.steps):
+                state.epoch = state.step // self.steps_per_epoch
+                self._validate_if_due()
+                self._call("on_epoch_end")
+            else:
+                self._validate_if_due()
+            state.seconds = time.monotonic() - begun
+            if self.folder is not None and (self.interrupted or self._save_is_due(saved)):
+                self._save()
+                saved = time.monotonic()
+            if self.interrupted:
+                raise Interrupted(self._how_to_go_on())
+        if state.step and self.folder is not None:
+            self._save()
+
+    def _one_step(self, draws: Mapping[str, Iterator[list[dict[str, Any]]]]) -> None:
+        state = self.state
+        drawn = {name: next(draw) for name, draw in draws.items()}
+        most = max(len(micros) for micros in drawn.values())
+        batches = [{name: micros[i] for name, micros in drawn.items() if i < len(micros)} for i in range(most)]
+        self._schedule_rates()
+        problem = Problem(
+            self.model,
+            self.objective,
+            batches,
+            self.readout,
+            key=(self.seed, state.step),
+            device=self.device,
+            autocast=self._autocast,
+        )
+        step = self.solver.step(problem, self._accept(problem))
+        if step.skipped:
+            self.objective.discard()
+            state.skipped += 1
+        else:
+            self.objective.advance()
+            if self.scheduler is not None:
+                self.scheduler.step()
+        state.step += 1
+        state.latest = step
+        self.window.add(step)
+
+    def _accept(self, problem: Problem) -> Callable[[Step], bool] | None:
+        """Look at the value before the step. On an accelerator that would wait for it, so "stop" looks at the log points only."""
+        skip = self.options["on_nonfinite"] == "skip"
+        self.problem = problem
+        if self.device.type != "cpu" and not skip:
+            return None
+
+        def accept(step: Step) -> bool:
+            if bool(torch.isfinite(step.value)) and (
+                step.gradient_norm is None or bool(torch.isfinite(step.gradient_norm))
+            ):
+                return True
+            if not skip:
+                raise NonFiniteError(self._what_is_not_finite(problem))
+            return False
+
+        return accept
+
+    def _what_is_not_finite(self, problem: Problem) -> str:
+        """Name the term, the step and the rows."""
+        bad = [label for label, term in problem.step.terms.items() if not bool(torch.isfinite(term.value))]
+        rows: list[int] = []
+        with torch.no_grad():
+            for number in range(len(problem.batches)):
+                sources = problem._quantities(number, problem._view(None))
+                for part in self.objective._evaluate(sources, None, frozenset(bad), number).values():
+                    if part.values is not None and part.values.ndim:
+                        wrong = (
+                            (~torch.isfinite(part.values)).flatten(1).any(1)
+                            if part.values.ndim > 1
+                            else ~torch.isfinite(part.values)
+                        )
+                        index = sources[None].get("index", torch.arange(len(wrong), device=wrong.device))
+                        rows += index[wrong.nonzero().flatten()].tolist() if len(index) == len(wrong) else []
+        terms = ", ".join(bad) or "the gradient"
+        where = (
+            f", at rows {', '.join(map(str, sorted(set(rows))[:10]))}{' and more' if len(set(rows)) > 10 else ''} of the data"
+            if rows
+            else ""
+        )
+        return (
+            f"{terms} is not finite in step {self.state.step}{where}. Lower the learning rate, clip the gradient (clip=1.0), look at these "
+            "rows, or pass on_nonfinite='skip' to leave such steps out and count them."
+        )
+
+    def _every(self) -> int:
+        given = self.options["log_every"]
+        return int(given) if given else max(1, min(50, self.steps_per_epoch or 50))
+
+    def _log(self) -> None:
+        state = self.state
+        self.window.write(state.history, state.step)
+        loss = state.history["loss"][-1] if "loss" in state.history else 0.0
+        if not math.isfinite(loss) and self.options["on_nonfinite"] == "stop":
+            raise NonFiniteError(self._what_is_not_finite(self.problem))
+        if not math.isfinite(self.window_gradient()) and self.options["on_nonfinite"] == "stop":
+            raise NonFiniteError(self._what_is_not_finite(self.problem))
+        self.window = _Window()
+        self.memory.look()
+        self.track({name: curve[1][-1] for name, curve in state.history.curves().items()}, state.step)
+        self.report(state)
+
+    def window_gradient(self) -> float:
+        """Return the mean gradient norm of the steps since the last log point; 0 where nobody took it."""
+        return float(torch.stack(self.window.norms).mean()) if self.window.norms else 0.0
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def _validate_if_due(self) -> None:
+        if self.valid is None:
+            return
+        every = self.options["validate_every"] or self.steps_per_epoch or 50
+        if self.state.step % every and self.state.step != self.steps:
+            return
+        state = self.state
+        for name, value in self._measure().items():
+            state.history.add(f"valid/{name}", state.step, value)
+        self._judge()
+        self.model.train()
+        self.objective.train()
+
+    def _measure(self) -> Mapping[str, float]:
+        assert self.valid is not None
+        readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
+        output = predict(self.model, self.valid["input"], readout, self.device, autocast=self._autocast)
+        return (self.options["metrics"] or default_metrics)(output, self.valid["target"])
+
+    def _judge(self) -> None:
+        state, name = self.state, f"valid/{self._monitor()}"
+        if name not in state.history:
+            if self.options["monitor"] or self.options["patience"] or self.options["restore_best"]:
+                offered = ", ".join(k.removeprefix("valid/") for k in state.history if k.startswith("valid/"))
+                raise InputError(f"monitor is {self._monitor()!r}, and the metrics are: {offered}.")
+            return
+        value = state.history[name][-1]
+        if state.best is None or (value > state.best[1] if self.rising else value < state.best[1]):
+            state.best, state.unimproved = (state.step, value), 0
+            if self.options["restore_best"]:
+                state.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        else:
+            state.unimproved += 1
+            patience = self.options["patience"]
+            if patience is not None and state.unimproved >= patience:
+                state.stop = f"no better {self._monitor()} in {patience} validations"
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same when a run resumes."""
+        return {
+            "objective": str(self.objective), "seed": self.seed, "steps": self.steps, "precision": self.precision,
+            "examples": {n: s.examples for n, s in self.streams.items()}, "batch_size": {n: s.batch_size for n, s in self.streams.items()},
+        }  # fmt: skip
+
+    def _save_is_due(self, saved: float) -> bool:
+        steps, seconds = self.options["checkpoint_steps"], self.options["checkpoint_seconds"]
+        return (steps is not None and self.state.step % steps == 0) or (
+            seconds is not None and time.monotonic() - saved >= seconds
+        )
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        if processes.rank():
+            return
+        import numpy as np
+
+        state = self.state
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+        checkpoints.save(
+            self.folder,
+            state.step,
+            {
+                "identity": self._identity(),
+                "model": self.model.state_dict(),
+                "objective": self.objective.state_dict(),
+                "solver": self.solver.state_dict(),
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "history": {k: list(v) for k, v in state.history.curves().items()},
+                "window": _pack_window(self.window),
+                "fields": {
+                    k: getattr(state, k) for k in ("step", "epoch", "best", "stop", "skipped", "seconds", "unimproved")
+                },
+                "best_weights": state.best_weights,
+                "random": {
+                    "torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                    "python": random.getstate(),
+                    "numpy": {
+                        "key": torch.from_numpy(numpy_state["state"]["key"].astype("int64")),
+                        "pos": int(numpy_state["state"]["pos"]),
+                        "has_gauss": int(numpy_state["has_gauss"]),
+                        "gauss": float(numpy_state["gauss"]),
+                    },
+                },
+                "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.options["callbacks"]],
+            },
+        )
+
+    def _resume(self) -> None:
+        if self.folder is None or not self.options["resume"]:
+            return
+        saved = checkpoints.load_newest(self.folder, self.device)
+        if saved is None:
+            return
+        for name, value in self._identity().items():
+            if saved["identity"][name] != value:
+                raise CheckpointError(
+                    f"The checkpoint in {self.folder} is of another run: its {name} is {saved['identity'][name]!r}, and now it is {value!r}. "
+                    "Use another folder, or resume=False to start afresh."
+                )
+        self.model.load_state_dict(saved["model"])
+        self.objective.load_state_dict(saved["objective"])
+        self.solver.load_state_dict(saved["solver"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        state = self.state
+        state.history._curves = {k: (list(v[0]), list(v[1])) for k, v in saved["history"].items()}
+        self.window = _unpack_window(saved["window"])
+        for name, value in saved["fields"].items():
+            setattr(state, name, value)
+        state.best_weights = saved["best_weights"]
+        _restore_random(saved["random"])
+        for callback, own in zip(self.options["callbacks"], saved["callbacks"], strict=False):
+            if own is not None:
+                callback.load_state_dict(own)
+
+    def _how_to_go_on(self) -> str:
+        if self.folder is None:
+            return f"Interrupted after step {self.state.step} of {self.steps}. Nothing was saved: pass checkpoint=FOLDER to save."
+        return f"Interrupted after step {self.state.step} of {self.steps}, and saved in {self.folder}. Call again to go on from there."
+
+    # ---- the world outside ------------------------------------------------------------------------------------------
+
+    def _call(self, name: str) -> None:
+        for callback in self.options["callbacks"]:
+            method = getattr(callback, name, None)
+            if method is not None:
+                method(self.state)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Finish the step at the first Ctrl-C; the second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def listen(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, listen)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def _tracking(self) -> Iterator[Callable[[dict[str, float], int], None]]:
+        names = list(self.options["trackers"])
+        if not names or processes.rank():
+            yield lambda values, step: None
+            return
+        from accelerate import Accelerator
+
+        folder = str(self.options["tracker_folder"] or "poise-trackers")
+        accelerator = Accelerator(log_with=names, project_dir=folder, cpu=self.device.type == "cpu")
+        config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self._identity().items()}
+        accelerator.init_trackers("poise", config=config)
+        try:
+            yield lambda values, step: accelerator.log(values, step=step)
+        finally:
+            accelerator.end_training()
+
+
+def _pack_window(window: _Window) -> dict[str, Any]:
+    weights = {k: float(v.mean()) if isinstance(v, Tensor) else float(v) for k, v in window.weights.items()}
+    return {
+        "totals": window.totals,
+        "norms": window.norms,
+        "terms": window.terms,
+        "weights": weights,
+        "acted": window.acted,
+    }
+
+
+def _unpack_window(saved: dict[str, Any]) -> _Window:
+    return _Window(saved["totals"], saved["norms"], saved["terms"], saved["weights"], saved["acted"])
+
+
+def _restore_random(saved: dict[str, Any]) -> None:
+    import numpy as np
+
+    torch.set_rng_state(saved["torch"].cpu())
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in saved["cuda"]])
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    n = saved["numpy"]
+    np.random.set_state(("MT19937", n["key"].cpu().numpy().astype("uint32"), n["pos"], n["has_gauss"], n["gauss"]))  # noqa: NPY002
+
+
+def _as_objective(objective: Objective | Term | str) -> Objective:
+    if isinstance(objective, str):
+        from poise.formula import parse
+
+        return parse(objective)
+    return Objective([Summand(objective)]) if isinstance(objective, Term) else objective
+
+
+def _as_batch(data: Any, device: torch.device) -> dict[str, Tensor] | None:
+    """Return validation data as whole tensors."""
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        return {k: v.to(device) for k, v in data.items() if isinstance(v, Tensor)}
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(d, Tensor) for d in data):
+        return {"input": data[0].to(device), "target": data[1].to(device)}
+    stream = Stream(data, 1024, shuffle=False).prepare("valid", 0, device)
+    draw, length = stream.iterate(0), stream.steps_per_epoch
+    if length is None:
+        raise InputError(
+            "The validation data have no known length: give tensors, a data set, or a DataLoader with a length."
+        )
+    batches = [next(draw)[0] for _ in range(length)]
+    return {name: torch.cat([b[name] for b in batches]) for name in ("input", "target")}
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """Return the device that a name means; "auto" takes CUDA, then MPS, then the CPU; several processes each take their own.
+
+    Raises:
+        InputError: PyTorch does not know the name, or the device is not there.
+    """
+    if str(device) == "auto":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            state: torch.device = PartialState().device
+            return state
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"There is no device {str(device)!r}; write auto, cpu, cuda, cuda:N or mps.") from None
+    missing = (chosen.type == "cuda" and not torch.cuda.is_available()) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"The device {str(device)!r} is not on this machine.")
+    return chosen
+
+
+def predict(
+    model: nn.Module,
+    input: Tensor,
+    readout: Readout,
+    device: torch.device | None = None,
+    batch_size: int = 1024,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
+    """Return the readout's output for all rows of `input` `[examples, ...]`, in evaluation mode, without gradients."""
+    model.eval()
+    view = ModelView(model, None, autocast)
+    plan = frozenset({readout.output})
+    with torch.no_grad():
+        parts = []
+        for start in range(0, len(input), batch_size):
+            rows = input[start : start + batch_size]
+            batch = Quantities({"input": rows if device is None else rows.to(device)})
+            parts.append(readout(view, batch, plan)[readout.output])
+        return torch.cat(parts)
+
+
+def default_metrics(output: Tensor, target: Tensor) -> dict[str, float]:
+    """Return accuracy and negative log-likelihood of logits, or RMSE and MAE of predictions."""
+    if output.ndim > 1 and not target.is_floating_point():
+        accuracy = (output.argmax(-1) == target).double().mean()
+        return {"accuracy": float(accuracy), "nll": float(nn.functional.cross_entropy(output.double(), target))}
+    if output.ndim > 1 and output.shape == target.shape and output.shape[-1] > 1:
+        accuracy = (output.argmax(-1) == target.argmax(-1)).double().mean()
+        return {
+            "accuracy": float(accuracy),
+            "nll": float(nn.functional.cross_entropy(output.double(), target.double())),
+        }
+    error = (output - target).double()
+    return {"rmse": float(error.square().mean().sqrt()), "mae": float(error.abs().mean())}
+
+
+@contextmanager
+def _deterministic(asked: bool) -> Iterator[None]:
+    if not asked:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _Memory:
+    """The largest memory seen: of the device on CUDA, else the growth of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> _Memory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            import psutil
+
+            self.process = psutil.Process()
+            self.before = self.process.memory_info().rss
+        return self
+
+    def look(self) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak = max(self.peak, self.process.memory_info().rss - self.before)
+
+    def __exit__(self, *_: Any) -> None:
+        self.look()
+
+
+@contextmanager
+def _bar(progress: bool | Callable[[FitState], None], state: FitState) -> Iterator[Callable[[FitState], None]]:
+    """Draw a progress bar with the time left, or hand the state to a function, or do nothing."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress or processes.rank():
+        yield lambda state: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("training", total=state.steps, completed=state.step)
+
+        def report(state: FitState) -> None:
+            loss = state.history["loss"][-1] if "loss" in state.history else math.nan
+            bar.update(task, completed=state.step, description=f"loss {loss:.4g}")
+
+        yield report

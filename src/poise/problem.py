@@ -1,0 +1,492 @@
+"""One frozen step of an objective on its streams, and what a solver may ask of it.
+
+    problem.value()                      the objective, over all micro-batches and processes
+    problem.gradient(at=..., terms=...)  its gradient; the one place where gradients of processes meet
+    problem.product(vector, kind=...)    Hessian, Gauss-Newton or Fisher times a vector
+
+Asking twice gives the same answer: data, random numbers, memories and batch statistics are those of the step. Nothing is
+recorded but the first evaluation at the model's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from poise import processes
+from poise.coefficient import Number
+from poise.errors import IncompatibleError, InputError
+from poise.objective import Objective
+from poise.quantities import Quantities
+
+if TYPE_CHECKING:
+    from poise.readouts.supervised import Readout
+
+OWN = "objective."
+"""Prefix of the objective's own parameters in gradients, so that they cannot be taken for the model's."""
+
+
+class ModelView:
+    """The model as terms see it: callable, at the parameters of this evaluation.
+
+    Args:
+        module: the trained module.
+        at: parameters and buffers that replace the module's own, by name; or None.
+        autocast: a context for the forward pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        at: Mapping[str, Tensor] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.module, self.at, self.autocast = module, at, autocast
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        with self.autocast():
+            if self.at is None:
+                out = self.module(*inputs, **keywords)
+            else:
+                out = torch.func.functional_call(self.module, dict(self.at), inputs, keywords)
+        # Losses are taken in float32 whatever the forward pass computed in.
+        return out.float() if isinstance(out, Tensor) and out.dtype in (torch.bfloat16, torch.float16) else out
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained parameters by name, at this evaluation."""
+        own: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return own if self.at is None else {name: self.at.get(name, p) for name, p in own.items()}
+
+
+@dataclass(frozen=True)
+class TermStep:
+    """What one term was worth in one step: value and weight (0-dim tensors or numbers), and whether it acted."""
+
+    value: Tensor
+    weight: float | Tensor
+    active: bool
+
+
+@dataclass
+class Step:
+    """What a solver did in one step.
+
+    Attributes:
+        value: the objective before the step, 0-dim.
+        terms: every term by its label.
+        gradient_norm: Euclidean norm of the gradient, or None where the solver did not need it.
+        evaluations: how often the objective was evaluated.
+        skipped: the step was not taken.
+    """
+
+    value: Tensor
+    terms: dict[str, TermStep] = field(default_factory=dict)
+    gradient_norm: Tensor | None = None
+    evaluations: int = 1
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a solver knows about its answer; never a bare tensor.
+
+    Attributes:
+        value: the objective there.
+        residual: what should be 0 at a solution, in the words of `measure` ("gradient norm", "duality gap", ...).
+        tolerance: the residual that was asked for.
+        feasible: whether every constraint holds, or None where there is none.
+        support: indices that are not 0, where the solution is sparse.
+        iterations: how many were made.
+        status: "converged" or why not, in words.
+        history: the values on the way.
+    """
+
+    value: float
+    residual: float
+    tolerance: float
+    measure: str
+    iterations: int
+    status: str
+    feasible: bool | None = None
+    support: Tensor | None = None
+    history: tuple[float, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether the residual is within the tolerance."""
+        return self.residual <= self.tolerance
+
+
+class Solver(Protocol):
+    """How an objective is minimised.
+
+    Attributes:
+        needs: capabilities that every term must have; `fit` refuses, by name, a term that lacks one.
+    """
+
+    needs: frozenset[str]
+
+    def bind(self, model: nn.Module, objective: Objective) -> None:
+        """Take hold of the parameters before the first step."""
+        ...
+
+    def step(self, problem: Problem, accept: Callable[[Step], bool] | None = None) -> Step:
+        """Make one step; where `accept` says no to what was evaluated, make none and say so."""
+        ...
+
+    def minimize(self, problem: Problem) -> Certificate:
+        """Minimise one problem to a certificate."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a weight policy is told after each step: the terms' values by label, and validation where there is one."""
+
+    values: Mapping[str, Tensor]
+    weights: Mapping[str, float | Tensor]
+    step: int
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """How weights are set while the model trains.
+
+    Attributes:
+        needs: what it must be told: "values", "gram", "validation".
+    """
+
+    needs: frozenset[str]
+
+    def weights(self, signals: Signals) -> Mapping[str, Number | Tensor]:
+        """Return the weights of the next step by label."""
+        ...
+
+    def advance(self, signals: Signals) -> None:
+        """Move the policy's own state, once per optimiser step."""
+        ...
+
+
+class Problem:
+    """One step of an objective, frozen.
+
+    Args:
+        model: the trained module.
+        objective: what is minimised.
+        batches: the micro-batches of this process; each maps a stream's name ("main" for the only one) to its data.
+        readout: offers quantities; or one for each stream by name.
+        key: (seed, step), from which random numbers are derived.
+        device: where the data are.
+        autocast: a context for forward passes.
+        record: keep what `advance` needs at the first evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Sequence[Mapping[str, Mapping[str, Any]]],
+        readout: Readout | Mapping[str, Readout],
+        *,
+        key: tuple[int, int] = (0, 0),
+        device: torch.device | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        record: bool = True,
+    ) -> None:
+        self.model, self.objective, self.batches, self.readout = model, objective, batches, readout
+        self.key, self.device, self.autocast, self.record = key, device, autocast, record
+        self.step = Step(torch.zeros(()), evaluations=0)
+        self.latest_value = self.step.value
+        self._alone = len(batches) == 1 and processes.size() == 1
+        if not self._alone:
+            self._refuse_couples()
+
+    def _refuse_couples(self) -> None:
+        for label, term in self.objective.terms.items():
+            if term.couples:
+                where = "several processes" if processes.size() > 1 else "gradient accumulation"
+                raise IncompatibleError(
+                    f"{label} compares examples of a batch with each other ({', '.join(term.couples)}), so its value under {where} "
+                    "is not that of one big batch. Use one process and accumulate=1."
+                )
+
+    @cached_property
+    def _denominators(self) -> dict[str, tuple[float | Tensor, int]] | None:
+        """Sums of counts over micro-batches and processes, from data alone, and the number of evaluations."""
+        if self._alone:
+            return None
+        labels = self.objective.labels
+        local = torch.zeros(len(labels) + 1, dtype=torch.float64)
+        for batch in self.batches:
+            counts = self.objective.counts(self._sources(batch))
+            local += torch.tensor([*(float(counts[label]) for label in labels), 1.0], dtype=torch.float64)
+        total = processes.sum_across(local if self.device is None else local.to(self.device)).tolist()
+        return {label: (total[i], int(total[-1])) for i, label in enumerate(labels)}
+
+    def _sources(self, batch: Mapping[str, Mapping[str, Any]]) -> dict[str | None, Mapping[str, Any]]:
+        main = batch.get("main", next(iter(batch.values()), {}))
+        return {None: main, **dict(batch.items())}
+
+    def _quantities(self, number: int, view: ModelView) -> dict[str | None, Mapping[str, Any]]:
+        read: dict[str, Mapping[str, Any]] = {}
+        for place, (stream, data) in enumerate(self.batches[number].items()):
+            key = (*self.key, number, processes.rank(), place)
+            batch = Quantities(data, key=key, device=self.device)
+            readout = self.readout[stream] if isinstance(self.readout, Mapping) else self.readout
+            read[stream] = readout(view, batch, self._plan(stream, place))
+        return self._sources(read)
+
+    def _plan(self, stream: str, place: int) -> frozenset[str]:
+        plan = self.objective.plan(stream)
+        return plan | self.objective.plan(None) if stream == "main" or place == 0 else plan
+
+    def _view(self, at: Mapping[str, Tensor] | None) -> ModelView:
+        if at is None and not self.step.evaluations:
+            return ModelView(self.model, None, self.autocast)
+        # Another evaluation of the same step: whatever the forward pass moves (batch statistics) moves in copies.
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        if at is None and not buffers:
+            return ModelView(self.model, None, self.autocast)
+        own = dict(self.model.named_parameters())
+        given = {name: value for name, value in (at or {}).items() if not name.startswith(OWN)}
+        unknown = [name for name in given if name not in own and name not in buffers]
+        if unknown:
+            raise InputError(f"at= names parameters that the model does not have: {', '.join(unknown[:5])}.")
+        return ModelView(self.model, {**own, **buffers, **given}, self.autocast)
+
+    def _evaluate(
+        self, at: Mapping[str, Tensor] | None, terms: Sequence[str] | None, then: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Evaluate all micro-batches; hand each one's total to `then`, and return the sum, without gradient if `then` took it."""
+        only = None if terms is None else frozenset(terms)
+        first = at is None and only is None and not self.step.evaluations
+        view = self._view(at)
+        self.step.evaluations += 1
+        whole: Tensor | None = None
+        reports: dict[str, TermStep] = {}
+        for number in range(len(self.batches)):
+            sources = self._quantities(number, view)
+            parts = self.objective._evaluate(sources, self._denominators, only, number)
+            total = self.objective._total(parts)
+            if first:
+                if self.record and self.objective.stateful:
+                    self.objective.record(number, sources, parts, None, self._denominators)
+                for label, part in parts.items():
+                    before = reports.get(label)
+                    value = part.reduced.detach()
+                    reports[label] = TermStep(
+                        value if before is None else before.value + value,
+                        part.weight.detach() if isinstance(part.weight, Tensor) else part.weight,
+                        part.active or (before is not None and before.active),
+                    )
+            if then is not None:
+                then(total)
+                total = total.detach()
+            whole = total if whole is None else whole + total
+        assert whole is not None
+        if first:
+            self.step.terms = reports
+            self.step.value = processes.sum_across(whole.detach())
+        return whole
+
+    def value(self, at: Mapping[str, Tensor] | None = None, terms: Sequence[str] | None = None) -> Tensor:
+        """Return the objective, 0-dim, over all micro-batches and processes.
+
+        Args:
+            at: parameters by name that replace the model's, without touching them.
+            terms: labels to which the evaluation is restricted.
+        """
+        with torch.no_grad():
+            return processes.sum_across(self._evaluate(at, terms))
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the model's parameters, and the objective's own under the prefix `objective.`."""
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        own = {OWN + n: p for n, p in self.objective.named_parameters() if p.requires_grad}
+        return {**trained, **own}
+
+    # `latest_value` is the objective where the last gradient was taken, for line searches that want both.
+    def gradient(
+        self, at: Mapping[str, Tensor] | None = None, terms: Sequence[str] | None = None, create_graph: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the gradient by parameter name, summed over micro-batches and processes.
+
+        A parameter that the objective does not reach, on any process, is absent.
+
+        Args:
+            at, terms: see `value`. Parameters of `at` must require gradients.
+            create_graph: keep the graph, to differentiate again (one micro-batch and one process only).
+
+        Raises:
+            IncompatibleError: `create_graph` with several micro-batches or processes, or with a term that has no second derivative.
+        """
+        names = list(self.parameters)
+        points: list[Tensor] = [(at or {}).get(n, p) for n, p in self.parameters.items()]
+        points = [p if p.requires_grad else p.detach().requires_grad_() for p in points]
+        if at is not None:
+            at = {**at, **{n: p for n, p in zip(names, points, strict=True) if n in at}}
+        if create_graph:
+            self._refuse_second_derivatives(terms)
+        found: list[Tensor | None] = [None] * len(points)
+
+        def accumulate(total: Tensor) -> None:
+            if not total.requires_grad:
+                return
+            for i, g in enumerate(torch.autograd.grad(total, points, create_graph=create_graph, allow_unused=True)):
+                if g is not None:
+                    before = found[i]
+                    found[i] = g if before is None else before + g
+
+        with torch.enable_grad():
+            whole = self._evaluate(at, terms, accumulate)
+        self.latest_value = processes.sum_across(whole)
+        if processes.size() > 1:
+            found = self._meet(points, found)
+        return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+    def _meet(self, points: Sequence[Tensor], found: list[Tensor | None]) -> list[Tensor | None]:
+        """Sum gradients over processes; one that is absent on some processes only is 0 there."""
+        device = points[0].device
+        reached = processes.sum_across(
+            torch.tensor([g is not None for g in found], dtype=torch.int32, device=device)
+        ).tolist()
+        places = [i for i, n in enumerate(reached) if n]
+        filled = [g if (g := found[i]) is not None else torch.zeros_like(points[i]) for i in places]
+        result: list[Tensor | None] = [None] * len(found)
+        for i, g in zip(places, processes.sum_gradients(filled), strict=True):
+            result[i] = g
+        return result
+
+    def _refuse_second_derivatives(self, terms: Sequence[str] | None) -> None:
+        if not self._alone:
+            raise IncompatibleError(
+                "Differentiating a gradient again needs one micro-batch and one process: use accumulate=1."
+            )
+        for label, term in self.objective.terms.items():
+            if (terms is None or label in terms) and "potential" not in term.capabilities:  # type: ignore[operator]
+                raise IncompatibleError(
+                    f"{label} has a gradient that is not the gradient of its value, so it cannot be differentiated twice. "
+                    "Restrict the product with terms=[...]."
+                )
+
+    def outputs(self, at: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Return what the readout's output is on each micro-batch: logits or predictions of the main stream."""
+        view = self._view(at)
+        return [self._quantities(i, view)[None][self._output] for i in range(len(self.batches))]
+
+    @property
+    def _output(self) -> str:
+        readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
+        return readout.output
+
+    def loss_of(self, outputs: Sequence[Tensor], at: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the objective as a function of the outputs: the terms that read them, the model's parameters held fixed.
+
+        Args:
+            outputs: one tensor a micro-batch, as `outputs()` gives them.
+        """
+        reading = frozenset(
+            e.label
+            for e in self.objective._entries
+            if any(quantity == self._output for _, quantity, _ in e.forward_reads)
+        )
+        whole: Tensor | None = None
+        for number, output in enumerate(outputs):
+            sources = self._quantities(number, self._view(at))
+            main = sources[None]
+            assert isinstance(main, Quantities)
+            main.put(self._output, output)
+            parts = self.objective._evaluate(sources, self._denominators, reading, number)
+            total = self.objective._total(parts)
+            whole = total if whole is None else whole + total
+        assert whole is not None
+        return whole
+
+    def product(
+        self, vector: Mapping[str, Tensor], kind: str = "hessian", at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a curvature matrix times a vector, by parameter name.
+
+        Args:
+            vector: by parameter name; absent parameters are 0.
+            kind: "hessian" of the objective; "gauss_newton" `J' H J` with `J` the Jacobian of the outputs and `H` the Hessian of the
+                terms in the outputs; "fisher" `J' F J` with `F` that of the distribution that the outputs parametrise
+                (categorical for logits, unit normal for predictions).
+            at: parameters by name that replace the model's.
+
+        Raises:
+            InputError: the kind is not known.
+            IncompatibleError: a term has no second derivative.
+        """
+        if kind == "hessian":
+            return self._hessian_product(vector, at)
+        if kind in ("gauss_newton", "fisher"):
+            return self._output_product(vector, kind, at)
+        raise InputError(f"kind is 'hessian', 'gauss_newton' or 'fisher', and it is {kind!r}.")
+
+    def _hessian_product(self, vector: Mapping[str, Tensor], at: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        point = {
+            n: (at or {}).get(n, p).detach().requires_grad_()
+            for n, p in self.parameters.items()
+            if not n.startswith(OWN)
+        }
+        gradient = self.gradient(at=point, create_graph=True)
+        dot = torch.stack(
+            [(gradient[n] * v).sum() for n, v in vector.items() if n in gradient and gradient[n].requires_grad]
+        ).sum()
+        products = torch.autograd.grad(dot, list(point.values()), allow_unused=True)
+        return {n: torch.zeros_like(point[n]) if g is None else g for n, g in zip(point, products, strict=True)}
+
+    def _output_product(
+        self, vector: Mapping[str, Tensor], kind: str, at: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        self._refuse_second_derivatives(None) if kind == "gauss_newton" else None
+        point = {n: (at or {}).get(n, p).detach() for n, p in self.parameters.items() if not n.startswith(OWN)}
+        direction = {n: vector[n] if n in vector else torch.zeros_like(p) for n, p in point.items()}
+
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            return self.outputs(at=parameters)[0]
+
+        if not self._alone:
+            raise IncompatibleError(
+                "Gauss-Newton and Fisher products need one micro-batch and one process: use accumulate=1."
+            )
+        pair: Any = torch.func.jvp(outputs, (point,), (direction,))
+        value, moved = pair
+        if kind == "gauss_newton":
+            curved = self._output_curvature(value.detach(), moved.detach(), at)
+        else:
+            curved = self._output_fisher(value.detach(), moved.detach())
+        both: Any = torch.func.vjp(outputs, point)
+        return dict(both[1](curved)[0])
+
+    def _output_curvature(self, output: Tensor, direction: Tensor, at: Mapping[str, Tensor] | None) -> Tensor:
+        leaf = output.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.loss_of([leaf], at), leaf, create_graph=True)
+            if not gradient.requires_grad:
+                return torch.zeros_like(direction)
+            (curved,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+        return curved
+
+    def _output_fisher(self, output: Tensor, direction: Tensor) -> Tensor:
+        if self._output == "logits":
+            p = output.softmax(-1)
+            direction = p * direction - p * (p * direction).sum(-1, keepdim=True)
+        return direction / len(output)

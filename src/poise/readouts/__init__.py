@@ -1,0 +1,7 @@
+"""Run a model on a batch and offer named quantities."""
+
+from __future__ import annotations
+
+from poise.readouts.supervised import Classification, Readout, Regression, readout_for
+
+__all__ = ["Classification", "Readout", "Regression", "readout_for"]

@@ -1,0 +1,205 @@
+"""Every optimiser of `torch.optim` as a solver, given by name, with its options, or as an object."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import InputError, nearest
+from poise.objective import Objective
+from poise.problem import Certificate, Problem, Step
+
+_NAMES = {
+    "adadelta": "Adadelta",
+    "adagrad": "Adagrad",
+    "adam": "Adam",
+    "adamax": "Adamax",
+    "adamw": "AdamW",
+    "asgd": "ASGD",
+    "lbfgs": "LBFGS",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "rprop": "Rprop",
+    "sgd": "SGD",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.02, "momentum": 0.9},
+    "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe"},
+}
+Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
+
+
+class TorchOptimizer:
+    """A `torch.optim` optimiser as a solver.
+
+    Args:
+        optimizer: a name ("sgd", "adamw", ...), a class, or an object that holds its parameters already.
+        clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.
+        parameter_groups: makes the optimiser's groups from the model; by default all trained parameters in one.
+        options: the optimiser's own, such as `lr=3e-4, weight_decay=0.01`. Without `lr`, SGD takes 0.02 with momentum 0.9,
+            L-BFGS 1.0 with a strong Wolfe line search, the others PyTorch's default.
+
+    Raises:
+        InputError: the name, or an option, is not known.
+
+    >>> TorchOptimizer("adamw", lr=1e-3).name
+    'adamw'
+    """
+
+    def __init__(
+        self,
+        optimizer: str | type[torch.optim.Optimizer] | torch.optim.Optimizer = "sgd",
+        *,
+        clip: float | None = None,
+        parameter_groups: Groups | None = None,
+        **options: Any,
+    ) -> None:
+        self.clip, self.parameter_groups = clip, parameter_groups
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.options: dict[str, Any] = {}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer, self.maker = optimizer, type(optimizer)
+            if options:
+                raise InputError("An optimiser that holds its parameters already takes no further options.")
+        elif isinstance(optimizer, str):
+            name = optimizer.lower()
+            if name not in _NAMES:
+                raise InputError(
+                    f"There is no optimiser {optimizer!r}."
+                    + (nearest(name, _NAMES) or f" There are: {', '.join(_NAMES)}.")
+                )
+            self.maker = getattr(torch.optim, _NAMES[name])
+        else:
+            self.maker = optimizer
+        self.name = self.maker.__name__.lower()
+        if self.optimizer is None:
+            self.options = {**_DEFAULTS.get(self.name, {}), **options}
+            known = inspect.signature(self.maker).parameters
+            for option in self.options:
+                if option not in known and not any(p.kind == p.VAR_KEYWORD for p in known.values()):
+                    raise InputError(f"{self.maker.__name__} has no option {option!r}." + nearest(option, known))
+        # A line search and its curvature pairs compare values with gradients, so each must be that of the other.
+        self.closure = issubclass(self.maker, torch.optim.LBFGS)
+        self.needs = frozenset({"potential"}) if self.closure else frozenset()
+
+    def bind(self, model: nn.Module, objective: Objective) -> None:
+        """Make the optimiser over the model's parameters and the objective's own."""
+        if self.optimizer is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            for group in objective.parameter_groups():
+                fresh = [p for p in group["params"] if id(p) not in held]
+                if fresh:
+                    self.optimizer.add_param_group({"params": fresh, "maximize": group["maximize"]})
+            return
+        if self.parameter_groups is not None:
+            groups = list(self.parameter_groups(model))
+        else:
+            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        own = [{"params": g["params"], "maximize": g["maximize"]} for g in objective.parameter_groups()]
+        if not any(group["params"] for group in [*groups, *own]):
+            raise InputError("Nothing is trained: no parameter of the model requires a gradient.")
+        if self.closure:
+            groups = [{"params": [p for group in [*groups, *own] for p in group["params"]]}]
+            own = []
+        try:
+            self.optimizer = self.maker([*groups, *own], **self.options)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.maker.__name__}: {error}") from None
+
+    def _bound(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            raise InputError("The solver is not bound to a model yet: call bind(model, objective).")
+        return self.optimizer
+
+    def step(self, problem: Problem, accept: Callable[[Step], bool] | None = None) -> Step:
+        """Make one step of the optimiser; see `Solver.step`."""
+        optimizer = self._bound()
+        norm = self._place(problem)
+        problem.step.gradient_norm = norm
+        if accept is not None and not accept(problem.step):
+            problem.step.skipped = True
+        elif self.closure:
+            optimizer.step(_Closure(self, problem))
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        return problem.step
+
+    def _place(self, problem: Problem) -> Tensor | None:
+        """Put the gradient of the problem where the optimiser looks for it."""
+        gradient = problem.gradient()
+        for name, parameter in problem.parameters.items():
+            parameter.grad = gradient.get(name)
+        if self.clip is None:
+            return None
+        return nn.utils.clip_grad_norm_([p for p in problem.parameters.values() if p.grad is not None], self.clip)
+
+    def minimize(self, problem: Problem, tolerance: float = 1e-6, iterations: int = 1000) -> Certificate:
+        """Repeat steps on one problem until the gradient's norm is within `tolerance`.
+
+        Args:
+            tolerance: Euclidean norm of the gradient that is asked for.
+            iterations: steps at most.
+        """
+        if self.optimizer is None:
+            self.bind(problem.model, problem.objective)
+        history: list[float] = []
+        for done in range(iterations + 1):
+            gradient = problem.gradient()
+            residual = float(
+                torch.sqrt(sum((g.double().square().sum() for g in gradient.values()), start=torch.zeros(())))
+            )
+            history.append(float(problem.latest_value))
+            if residual <= tolerance or done == iterations:
+                break
+            self.step(problem)
+        reached = residual <= tolerance
+        status = "converged" if reached else f"stopped after {iterations} iterations with gradient norm {residual:.3g}"
+        return Certificate(history[-1], residual, tolerance, "gradient norm", done, status, history=tuple(history))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._bound().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._bound().load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+
+class _Closure:
+    """What L-BFGS calls: the first call uses the gradient that is there already."""
+
+    def __init__(self, solver: TorchOptimizer, problem: Problem) -> None:
+        self.solver, self.problem, self.fresh = solver, problem, True
+
+    def __call__(self) -> float:
+        if self.fresh:
+            self.fresh = False
+            return float(self.problem.step.value)
+        self.solver._place(self.problem)
+        return float(self.problem.latest_value)
+
+
+def as_solver(solver: Any, **options: Any) -> Any:
+    """Return a solver: one as it is, a `torch.optim` optimiser, class or name wrapped."""
+    if hasattr(solver, "step") and hasattr(solver, "needs"):
+        return solver
+    return TorchOptimizer(solver, **options)
+
+
+def _named(name: str) -> Callable[..., TorchOptimizer]:
+    def make(**options: Any) -> TorchOptimizer:
+        return TorchOptimizer(name, **options)
+
+    make.__name__ = _NAMES[name]
+    make.__doc__ = f"`torch.optim.{_NAMES[name]}` as a solver, without parameters; options as there, and `clip`, `parameter_groups`."
+    return make
+
+
+SGD, Adam, AdamW, LBFGS, RMSprop = (_named(n) for n in ("sgd", "adam", "adamw", "lbfgs", "rmsprop"))
