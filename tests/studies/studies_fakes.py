@@ -92,6 +92,16 @@ def slow_on_seed_one(spec: RunSpec, *, folder: Path | None = None, report: Any =
     return logged(spec, folder=folder)
 
 
+def slow_on_seed_zero(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
+    return slow(spec, report=report) if spec.seed == 0 else make_record(spec)
+
+
+def deaf(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
+    """Hang in a call that does not listen to interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return slow(spec, report=report)
+
+
 def killed_once(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
     """Die in the middle of the first attempt at seed 1, as a process does when the machine runs out of memory."""
     assert folder is not None
@@ -146,3 +156,19 @@ def task(**changes: Any) -> Any:
         "direction": "max",
     }
     return SimpleNamespace(**{**values, **changes})
+
+
+def slow_on_seed_one_once(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
+    """Leave a checkpoint behind, as a run does that was stopped before."""
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint").touch()
+    return logged(spec, folder=folder)
+
+
+def fails_at_large_rates(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
+    return failed_record(spec, "The loss became infinite.") if spec.lr > 0.02 else make_record(spec)
+
+
+def fails_with_l2(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:
+    return failed_record(spec, "l2 is broken.") if "l2" in spec.formula else make_record(spec)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -84,4 +85,4 @@ def test_holm_is_monotone_never_below_the_plain_value_and_never_above_bonferroni
     for p, q in zip(p_values, adjusted, strict=True):
         assert p <= q <= min(1.0, len(p_values) * p)
     order = np.argsort(p_values, kind="stable")
-    assert all(adjusted[a] <= adjusted[b] for a, b in zip(order, order[1:], strict=False))
+    assert all(adjusted[a] <= adjusted[b] for a, b in itertools.pairwise(order))

@@ -36,7 +36,7 @@ def test_a_record_comes_back_as_it_was_put(path):
         assert store.get(record.id) == record
         assert store.get("absent") is None
         assert store.ids() == store.ids("done") == {record.id}
-        assert list(store.records())[0].curves == {}
+        assert next(store.records()).curves == {}
 
 
 def test_curves_are_read_as_arrays_for_the_runs_asked_for(path):

@@ -160,7 +160,7 @@ def build_config(content: Mapping[str, Any], *, origin: str = "the study") -> St
     try:
         return StudyConfig.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(_fault(item) for item in error.errors())
+        faults = " ".join(_fault(item) for item in error.errors())
         raise InputError(f"{origin[0].upper()}{origin[1:]}: {faults}") from None
 
 

@@ -189,6 +189,8 @@ class LocalEngine:
                 worker, message = self._inbox.get(timeout=1.0)
             except queue.Empty:
                 continue
+            finally:
+                self._end_overdue()
             if worker in self._workers:
                 yield from self._ended(worker) if message is None else self._answered(worker, message)
 
@@ -199,22 +201,23 @@ class LocalEngine:
         self._cancelled.extend(dropped)
         for worker in self._workers:
             if worker.spec is not None and (ids is None or worker.spec.id in ids):
-                worker.cancelling = True
+                worker.deadline = time.monotonic() + self._grace
                 worker.interrupt()
 
     def close(self) -> None:
         """Interrupt what runs, give it `grace` seconds for its checkpoint, and end all processes."""
         self._queue.clear()
         workers, self._workers = self._workers, []
+        # Who was interrupted before has had its chance.
+        running = [worker for worker in workers if worker.spec is not None and worker.deadline is None]
         try:
-            for worker in workers:
-                if worker.spec is not None:
-                    worker.interrupt()
-            self._await_cancelled([worker for worker in workers if worker.spec is not None])
+            for worker in running:
+                worker.interrupt()
+            self._await_cancelled(running)
         finally:
             # A second Ctrl-C during the grace period lands here and ends the processes at once.
             for worker in workers:
-                worker.kill()
+                worker.release()
 
     def _await_cancelled(self, workers: list[_Process]) -> None:
         deadline = time.monotonic() + self._grace
@@ -226,6 +229,12 @@ class LocalEngine:
                 continue
             if worker in waiting and (message is None or "record" in message or "cancelled" in message):
                 waiting.remove(worker)
+
+    def _end_overdue(self) -> None:
+        """End workers that did not react to an interrupt; their listeners then report the end."""
+        for worker in self._workers:
+            if worker.deadline is not None and time.monotonic() > worker.deadline:
+                worker.end()
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -251,11 +260,11 @@ class LocalEngine:
         elif "progress" in message:
             yield RunEvent(message["progress"], "progress", fraction=message["fraction"])
         elif "cancelled" in message:
-            spec, worker.spec, worker.cancelling = worker.spec, None, False
+            spec, worker.spec, worker.deadline = worker.spec, None, None
             if spec is not None:
                 yield RunEvent(spec.id, "cancelled")
         elif "record" in message:
-            worker.spec, worker.cancelling = None, False
+            worker.spec, worker.deadline = None, None
             record = RunRecord.from_dict(message["record"])
             record.attempts = self._attempts.pop(record.id, 0) + 1
             yield RunEvent(record.id, "finished", fraction=1.0, record=record)
@@ -270,7 +279,7 @@ class LocalEngine:
         spec = worker.spec
         if spec is None:
             return
-        if worker.cancelling:
+        if worker.deadline is not None:
             yield RunEvent(spec.id, "cancelled")
             return
         attempts = self._attempts.get(spec.id, 0) + 1
@@ -298,7 +307,8 @@ class _Process:
     ) -> None:
         self.spec: RunSpec | None = None
         self.ready = False
-        self.cancelling = False
+        # When an interrupted run has to have ended; None while nothing was interrupted.
+        self.deadline: float | None = None
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONUNBUFFERED": "1"}
         # A session of its own: Ctrl-C in the terminal reaches the engine only, which then stops its workers in order.
@@ -332,13 +342,18 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGINT)
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """End the process at once, and the processes that it started."""
         with contextlib.suppress(OSError):
             if hasattr(os, "killpg"):
-                # The session that the worker leads, so that processes which it started end too.
+                # The worker leads a session of its own, see above.
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
+
+    def release(self) -> None:
+        """End the process and close its streams."""
+        self.end()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:
@@ -351,7 +366,7 @@ class _Process:
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 4000))
         printed = self._errors.read().decode(errors="replace")
-        self.kill()
+        self.release()
         if code >= 0:
             return f"ended with exit code {code}", printed
         name = signal.Signals(-code).name if -code in {int(number) for number in signal.Signals} else str(-code)
