@@ -56,7 +56,13 @@ def test_terms_lists_every_name_with_one_line() -> None:
 def test_every_listed_weight_is_known_to_formulas() -> None:
     from poise import parse
 
-    for weight in ("auto*l2", "constraint(l2, upper=1)", "linear(0, 1)*l2", "cosine(1, 0)*l2", "exponential(1, 0.1)*l2"):
+    for weight in (
+        "auto*l2",
+        "constraint(l2, upper=1)",
+        "linear(0, 1)*l2",
+        "cosine(1, 0)*l2",
+        "exponential(1, 0.1)*l2",
+    ):
         parse(f"cross_entropy + {weight}")
     for weight in ("rampup(1)*l2", "piecewise((0, 1.0), (100, 0.1))*l2"):
         parse(f"cross_entropy + {weight}")
