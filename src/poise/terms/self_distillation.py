@@ -333,6 +333,7 @@ class ProgressiveSelfDistillation(Term):
         model: Any = None,
         step: int = 0,
         steps_per_epoch: int = 0,
+        sample_weight: Tensor | None = None,
     ) -> None:
         if self.memory is None:
             if (step + 1) % steps_per_epoch == 0:
@@ -342,7 +343,11 @@ class ProgressiveSelfDistillation(Term):
             self._later_epochs = True
             if int(self.covered) < 0:
                 self.covered.copy_((self.memory.visits > 0).sum())
-        self.memory.write(_require("index", index), self._rows(logits))
+        rows, index = self._rows(logits), _require("index", index)
+        if sample_weight is not None:
+            # a padding duplicate is no visit
+            rows, index = rows[sample_weight > 0], index[sample_weight > 0]
+        self.memory.write(index, rows)
 
     def end_epoch(self, model: nn.Module) -> None:
         """Keep the model as it is now as the teacher of the next epoch (`teacher="snapshot"`).
@@ -391,7 +396,9 @@ class ProgressiveSelfDistillation(Term):
         if target.is_floating_point():
             return target.detach()
         if classes is None:
-            raise InputError(f"{self.formula}.soft_targets: nothing is stored yet that tells the number of classes; give classes=.")
+            raise InputError(
+                f"{self.formula}.soft_targets: nothing is stored yet that tells the number of classes; give classes=."
+            )
         return F.one_hot(target.clamp(min=0), classes).float()
 
     @property

@@ -1,0 +1,1 @@
+"""Samplers, augmentations, corruptions, spans, builders of training records; nothing here calls a model."""
