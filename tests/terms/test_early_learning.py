@@ -232,6 +232,32 @@ def test_forward_moves_nothing_and_advance_stores_what_forward_looked_ahead_at()
     torch.testing.assert_close(term.targets(), first.extras["target"], **EXACT)
 
 
+def test_what_forward_worked_out_is_stored_only_for_the_very_same_tensors() -> None:
+    # `advance` may reuse the look-ahead of `forward`; whatever differs (a prefix, changed contents, other tensors) is worked out anew.
+    index, logits = torch.arange(12), random_logits(12)
+
+    def check(change: str) -> None:
+        term, given_logits, given_index = bound(), logits.clone(), index.clone()
+        term(given_logits, given_index)
+        if change == "prefix":
+            given_logits, given_index = given_logits[:5], given_index[:5]
+        elif change == "contents":
+            given_logits.mul_(2)
+        elif change == "memory":
+            visit(term, random_logits(12, seed=1), index)
+        elif change == "other":
+            given_logits = random_logits(12, seed=2)
+        fresh = bound()
+        if change == "memory":
+            visit(fresh, random_logits(12, seed=1), index)
+        visit(term, given_logits, given_index)
+        visit(fresh, given_logits, given_index)
+        assert torch.equal(term.targets(), fresh.targets()), change
+
+    for change in ("none", "prefix", "contents", "memory", "other"):
+        check(change)
+
+
 @settings(deadline=None)  # the first example pays for imports
 @given(seed=st.integers(0, 1000))
 def test_permuting_the_batch_leaves_loss_and_memory_unchanged(seed: int) -> None:

@@ -27,6 +27,41 @@ Form = Literal["log", "kl", "ce"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+class _LookAhead:
+    """The updated target that `forward` has worked out, kept for `advance` where it is given the very same tensors.
+
+    Tensors are recognised by address, form and version; holding them keeps their addresses from being used again. Nothing
+    is kept in copies and pickles: what waits for `advance` belongs to the running step.
+    """
+
+    def __init__(self) -> None:
+        self._target: Tensor | None = None
+        self._held: list[Tensor] = []
+        self._marks: list[tuple[object, ...]] | None = None
+
+    def keep(self, target: Tensor, tensors: list[Tensor]) -> None:
+        self._target, self._marks = target, _marks(tensors)
+        self._held = [x.detach() for x in tensors] if self._marks is not None else []
+
+    def take(self, tensors: list[Tensor]) -> Tensor | None:
+        """Return the target that was worked out from exactly these tensors, or None; it is given once."""
+        found = self._target if self._marks is not None and self._marks == _marks(tensors) else None
+        self._target, self._held, self._marks = None, [], None
+        return found
+
+    def __reduce__(self) -> tuple[type[_LookAhead], tuple[()]]:
+        return (_LookAhead, ())
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[object, ...]] | None:
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return [(x.data_ptr(), x._version, x.shape, x.stride()) for x in tensors]
+    except RuntimeError:  # inside a torch.func transform a tensor has no address, in inference mode no version
+        return None
+
+
 class EarlyLearning(Term):
     """Reward agreement with a running average of the model's own predictions, against memorising wrong labels.
 
@@ -115,6 +150,9 @@ class EarlyLearning(Term):
         # float32 holds every class number below 2^24 exactly.
         self.remembered_classes = PerExampleMemory(width=top) if top else None
         self.classes: int | None = None
+        # <p, t> <= 1 - eps holds for exact targets; the rounding of a coarse memory may carry it beyond.
+        self._rounds = eps < 16 * torch.finfo(_DTYPES[dtype]).eps
+        self._ahead = _LookAhead()
 
     def readings(self) -> tuple[str, ...]:
         """Without a teacher, none is read, even where one is offered."""
@@ -140,14 +178,14 @@ class EarlyLearning(Term):
         p = self._probabilities(logits)
         with torch.no_grad():
             t = self._updated(p, index, teacher_probabilities)
+            self._ahead.keep(t, self._decisive(logits, index, teacher_probabilities))
             if self.bias_correction:
                 t = t / (1 - self.beta ** (self.memory.visits_of(index) + 1).to(t.dtype))[:, None]
             if partner is not None and mix is not None:
                 t = mix[:, None] * t + (1 - mix)[:, None] * t[partner]
         s = (p * t).sum(dim=-1)
         if self.form == "log":
-            # <p, t> <= 1 - eps holds for exact targets; rounded ones of a half-precision memory may exceed it.
-            values = torch.log1p(-s.clamp(max=1 - self.eps))
+            values = torch.log1p(-(s.clamp(max=1 - self.eps) if self._rounds else s))
         else:
             values = -(t * p.log()).sum(dim=-1)
             if self.form == "kl":
@@ -162,11 +200,12 @@ class EarlyLearning(Term):
         sample_weight: Tensor | None = None,
     ) -> None:
         """Store the updated targets of the rows that count; a padding duplicate (weight 0) is not a visit."""
+        t = self._ahead.take(self._decisive(logits, index, teacher_probabilities))
+        if t is None:
+            t = self._updated(self._probabilities(logits), index, teacher_probabilities)
         if sample_weight is not None:
             counted = sample_weight > 0
-            logits, index = logits[counted], index[counted]
-            teacher_probabilities = None if teacher_probabilities is None else teacher_probabilities[counted]
-        t = self._updated(self._probabilities(logits), index, teacher_probabilities)
+            t, index = t[counted], index[counted]
         if self.remembered_classes is None:
             self.memory.write(index, t)
         else:
@@ -181,6 +220,11 @@ class EarlyLearning(Term):
         remembered = self.remembered_classes
         # A sparse memory that was loaded and never bound knows its classes only by what it remembers.
         return self._stored(index, classes=0 if remembered is None else int(remembered.values.max()) + 1)
+
+    def _decisive(self, logits: Tensor, index: Tensor, teacher_probabilities: Tensor | None) -> list[Tensor]:
+        """Everything that decides the updated target."""
+        source = logits if teacher_probabilities is None else teacher_probabilities
+        return [source, index, self.memory.values]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         # In half precision 1 - eps is 1, and the logarithm below would be infinite.
