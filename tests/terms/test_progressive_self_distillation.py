@@ -439,3 +439,107 @@ def test_only_the_chosen_teacher_is_read() -> None:
     assert "index" in memory.plan()
     assert {"model", "input"} <= snapshot.plan()
     assert "index" not in snapshot.plan()
+
+
+# ---- in the training loop ------------------------------------------------------------------------------------------
+
+
+def problem_data(n: int = 50) -> dict[str, Tensor]:
+    x = logits_of(3, n, 6, dtype=torch.float32)
+    return {"input": x, "target": (x[:, :C].argmax(1) + (torch.arange(n) % 7 == 0)) % C}
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, C))
+
+
+def trained(formula: str | Objective, **options: object) -> nn.Module:
+    import poise
+
+    settings: dict[str, object] = {"lr": 0.2, "epochs": 4, "batch_size": 16, "device": "cpu", "seed": 1}
+    return poise.fit(small_model(), formula, problem_data(), **{**settings, **options}).model  # type: ignore[arg-type]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_loop_equals_the_method_written_by_hand() -> None:
+    from poise.streams import Stream
+
+    data = problem_data()
+    stream = Stream(data, 16).prepare("main", 1, torch.device("cpu"))
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    memory = F.one_hot(data["target"], C).float()
+    for step, (batch,) in zip(range(16), stream.iterate(0), strict=False):
+        alpha = 0.8 * (step // 4 + 1) / 4
+        index = batch["index"]
+        soft = (1 - alpha) * F.one_hot(batch["target"], C) + alpha * memory[index]
+        z = model(batch["input"])
+        optimizer.zero_grad()
+        F.cross_entropy(z, soft).backward()
+        optimizer.step()
+        memory[index] = z.detach().softmax(-1)
+    ours = trained("progressive_self_distillation")
+    # sixteen float32 steps whose losses are summed in another order
+    torch.testing.assert_close(weights(ours), weights(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["memory", "snapshot"])
+def test_uneven_micro_batches_equal_one_big_batch(teacher: str) -> None:
+    formula = f"progressive_self_distillation(teacher='{teacher}')"
+    one, three = trained(formula), trained(formula, accumulate=3)
+    torch.testing.assert_close(weights(one), weights(three), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["memory", "snapshot"])
+def test_a_run_that_was_stopped_in_the_middle_of_an_epoch_ends_with_the_same_weights(
+    teacher: str, tmp_path: object
+) -> None:
+    class Fail:
+        def on_step_end(self, state: object) -> None:
+            if state.step == 11:  # type: ignore[attr-defined]
+                raise RuntimeError("the machine stops")
+
+    formula = f"progressive_self_distillation(teacher='{teacher}')"
+    whole = trained(formula)
+    with pytest.raises(RuntimeError, match="stops"):
+        trained(formula, checkpoint=tmp_path, checkpoint_steps=5, callbacks=[Fail()])
+    resumed = trained(formula, checkpoint=tmp_path)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_mixed_inputs_train_through_the_loop() -> None:
+    from poise.data.augmentations import Mixup
+
+    plain = trained("progressive_self_distillation")
+    mixed = trained("progressive_self_distillation", transform=Mixup(1.0, classes=C))
+    assert torch.isfinite(weights(mixed)).all()
+    assert not torch.equal(weights(mixed), weights(plain))
+
+
+def test_the_term_does_not_move_in_evaluation() -> None:
+    term = ProgressiveSelfDistillation()
+    objective = (1 * term).bind(examples=N, classes=C, steps=4, steps_per_epoch=2).eval()
+    objective(logits=logits_of(0, N, C).requires_grad_(), target=TARGET, index=BATCH)
+    objective.evaluate(logits=logits_of(0, N, C), target=TARGET, index=BATCH)
+    assert not objective.waits()
+
+
+def test_a_shuffled_batch_of_a_compiled_objective_equals_the_plain_one() -> None:
+    term = with_memory(logits_of(1, N, C, dtype=torch.float32).softmax(-1))
+    z = logits_of(0, N, C, dtype=torch.float32)
+    compiled = torch.compile(term, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, TARGET, 3, 10, BATCH), term(z, TARGET, 3, 10, BATCH))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_term_on_a_gpu_equals_the_term_on_the_cpu() -> None:
+    term = with_memory(logits_of(1, N, C).softmax(-1))
+    z = logits_of(0, N, C)
+    expected = term(z, TARGET, 3, 10, BATCH)
+    moved = copy.deepcopy(term).to("cuda")
+    values = moved(z.cuda(), TARGET.cuda(), 3, 10, BATCH.cuda())
+    torch.testing.assert_close(values.cpu(), expected, rtol=0, atol=1e-6)
