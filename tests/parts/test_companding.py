@@ -90,7 +90,9 @@ def test_the_curve_is_odd_increasing_bounded_and_steepest_at_zero(name: str, v: 
 
 @pytest.mark.parametrize("name", BENT)
 @pytest.mark.parametrize("shape", [(), (4, 1)], ids=["layer", "channel"])
-def test_gradients_of_v_a_and_b_agree_with_finite_differences_twice_and_forwards(name: str, shape: tuple[int, ...]) -> None:
+def test_gradients_of_v_a_and_b_agree_with_finite_differences_twice_and_forwards(
+    name: str, shape: tuple[int, ...]
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -110,7 +112,9 @@ def test_the_gradients_of_arctan_are_the_papers() -> None:
     v = torch.linspace(-3, 3, 7, dtype=torch.float64)
     a, b = torch.tensor(0.7, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64)
     log_a, log_b = a.log().requires_grad_(), b.log().requires_grad_()
-    jacobian = torch.autograd.functional.jacobian(lambda p, q: compand_value(v, p, q, companding_function()), (log_a, log_b))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda p, q: compand_value(v, p, q, companding_function()), (log_a, log_b)
+    )
     # dw/da = arctan(v/b) and dw/db = -a v/(b^2 + v^2); the chain rule of the logarithm multiplies by a and b.
     torch.testing.assert_close(jacobian[0], a * torch.atan(v / b))
     torch.testing.assert_close(jacobian[1], b * (-a * v / (b**2 + v**2)))
@@ -142,7 +146,9 @@ def test_one_gradient_step_in_v_is_the_preconditioned_step_in_w() -> None:
 
 def test_the_fused_loop_agrees_with_pytorch_to_float32_resolution() -> None:
     pytest.importorskip("numba", reason="the fused CPU loop needs numba")
-    v = torch.cat([torch.linspace(-5, 5, 10001), torch.logspace(-30, 30, 2001), torch.tensor([0.0, math.inf, -math.inf])])
+    v = torch.cat(
+        [torch.linspace(-5, 5, 10001), torch.logspace(-30, 30, 2001), torch.tensor([0.0, math.inf, -math.inf])]
+    )
     assert arctan_kernel.applies(v)
     exact = 0.3 * torch.atan(v.double() / 0.2)
     torch.testing.assert_close(arctan_kernel.value(v, 0.3, 0.2).double(), exact, rtol=4e-7, atol=1e-40)
@@ -150,7 +156,10 @@ def test_the_fused_loop_agrees_with_pytorch_to_float32_resolution() -> None:
     slope = (0.3 / 0.2) / (1 + (v.double() / 0.2) ** 2)
     finite = v.abs() < 1e15  # beyond, the square leaves float32 and the slope is 0 within 1e-30
     torch.testing.assert_close(
-        arctan_kernel.times_slope(gradient, v, 0.3, 0.2).double()[finite], (gradient * slope)[finite], rtol=4e-7, atol=1e-30
+        arctan_kernel.times_slope(gradient, v, 0.3, 0.2).double()[finite],
+        (gradient * slope)[finite],
+        rtol=4e-7,
+        atol=1e-30,
     )
     assert bool(arctan_kernel.value(torch.full((5000,), math.nan), 0.3, 0.2).isnan().all())
 
@@ -394,7 +403,11 @@ def test_checkpoint_names_are_pytorchs() -> None:
     model = mlp()
     compand(model, learn=True)
     names = set(model.state_dict())
-    assert {"0.parametrizations.weight.original", "0.parametrizations.weight.0.log_a", "0.parametrizations.weight.0.log_b"} <= names
+    assert {
+        "0.parametrizations.weight.original",
+        "0.parametrizations.weight.0.log_a",
+        "0.parametrizations.weight.0.log_b",
+    } <= names
     assert "0.weight" not in names
 
 
@@ -425,7 +438,9 @@ def test_recurrent_layers_use_the_bent_weights(kind: type[nn.RNNBase]) -> None:
     layer, x = kind(5, 7, num_layers=2, bidirectional=True), torch.randn(3, 4, 5)
     before = layer(x)[0]
     handle = compand(layer)
-    assert set(handle.companders) == {name for name, _ in kind(5, 7, num_layers=2, bidirectional=True).named_parameters() if "weight" in name}
+    assert set(handle.companders) == {
+        name for name, _ in kind(5, 7, num_layers=2, bidirectional=True).named_parameters() if "weight" in name
+    }
     torch.testing.assert_close(layer(x)[0], before, atol=1e-5, rtol=1e-5)
     layer(x)[0].sum().backward()
     assert float(layer.parametrizations.weight_hh_l1.original.grad.abs().sum()) > 0
@@ -441,7 +456,9 @@ def test_recurrent_layers_use_the_bent_weights(kind: type[nn.RNNBase]) -> None:
     assert type(layer) is kind
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3), nn.Bilinear(4, 4, 3)])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3), nn.Bilinear(4, 4, 3)]
+)
 @pytest.mark.parametrize("per", ["layer", "channel"])
 def test_convolutions_and_bilinear_layers_are_companded(layer: nn.Module, per: str) -> None:
     layer = copy.deepcopy(layer)
@@ -459,7 +476,10 @@ def test_attention_is_companded_and_embeddings_only_on_request() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(11, 8), "attention": nn.MultiheadAttention(8, 2)})
     x = torch.randn(3, 2, 8)
     before = model["attention"](x, x, x)[0]
-    assert [p.name for p in select(model, ("linear", "attention"), ("bias",))] == ["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert [p.name for p in select(model, ("linear", "attention"), ("bias",))] == [
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    ]
     handle = compand(model, include=("linear", "attention", "embedding"))
     assert "embedding.weight" in handle.companders
     torch.testing.assert_close(model["attention"](x, x, x)[0], before)
@@ -474,7 +494,9 @@ def test_biases_norms_and_scales_are_left_alone() -> None:
 def test_filters_take_names_and_callables_and_exclude_wins() -> None:
     assert list(compand(mlp(), include="3.*").companders) == ["3.weight"]
     assert list(compand(mlp(), exclude=("bias", "norm", "0")).companders) == ["3.weight"]
-    assert list(compand(mlp(), include=lambda name, module, tensor: tensor.shape[0] == 3 and tensor.dim() == 2).companders) == ["3.weight"]
+    assert list(
+        compand(mlp(), include=lambda name, module, tensor: tensor.shape[0] == 3 and tensor.dim() == 2).companders
+    ) == ["3.weight"]
 
 
 def test_tied_weights_share_their_free_parameter() -> None:
@@ -692,9 +714,13 @@ def test_the_barrier_is_a_term_of_the_formula_language() -> None:
     x, y = batch()
     model = mlp()
     total = objective(logits=model(x), target=y, parameters=dict(model.named_parameters()))
-    expected = nn.functional.cross_entropy(model(x), y) + 0.01 * CompandBarrier(a=0.5, b=0.3)(dict(model.named_parameters()))
+    expected = nn.functional.cross_entropy(model(x), y) + 0.01 * CompandBarrier(a=0.5, b=0.3)(
+        dict(model.named_parameters())
+    )
     torch.testing.assert_close(total, expected)
-    assert float(CompandBarrier(include="0.*")(dict(model.named_parameters()))) < float(CompandBarrier()(dict(model.named_parameters())))
+    assert float(CompandBarrier(include="0.*")(dict(model.named_parameters()))) < float(
+        CompandBarrier()(dict(model.named_parameters()))
+    )
 
 
 # -- a trained model ---------------------------------------------------------------------------------------------------------------------
@@ -807,7 +833,10 @@ def test_assigning_a_weight_stores_its_free_parameter_and_refuses_what_is_out_of
 
 def test_a_part_reads_from_text_and_says_what_is_wrong() -> None:
     assert parse_part("compand") == ("compand", {})
-    assert parse_part("compand(fn='tanh', a=0.5, include=['0.*'])") == ("compand", {"fn": "tanh", "a": 0.5, "include": ["0.*"]})
+    assert parse_part("compand(fn='tanh', a=0.5, include=['0.*'])") == (
+        "compand",
+        {"fn": "tanh", "a": 0.5, "include": ["0.*"]},
+    )
     handle = apply_part(mlp(), "compand(learn=True, per='network')")
     assert isinstance(handle, Companding)
     for text, message in (

@@ -18,21 +18,18 @@ from torch import Tensor
 
 __all__ = ["applies", "times_slope", "value"]
 
-_SMALLEST = 4096  # below this the call itself costs more than the loop saves
+_SMALLEST = 256  # below this the call itself costs more than the loop saves
 _MOST_THREADS = 8  # above this PyTorch's threaded loop is faster than this one on a single core
 
 
 def applies(*tensors: Tensor) -> bool:
     """Whether every tensor is a plain, dense, CPU float32 tensor large enough to gain from the fused loop."""
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.dtype is torch.float32
-        and t.device.type == "cpu"
-        and t.numel() >= _SMALLEST
-        and t.is_contiguous()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        for t in tensors
-    ) and (torch.get_num_threads() <= _MOST_THREADS and _loops() is not None)
+    for t in tensors:
+        if t.numel() < _SMALLEST or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return False
+        if type(t) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return False
+    return torch.get_num_threads() <= _MOST_THREADS and _loops() is not None
 
 
 @functools.cache
@@ -49,7 +46,7 @@ def _coefficients() -> tuple[np.float32, ...]:
 
 
 @functools.cache
-def _loops() -> tuple[Callable[..., None], Callable[..., None]] | None:
+def _loops() -> tuple[Callable[..., Any], ...] | None:
     try:
         import numba
     except ImportError:  # numba lags behind new Python versions; PyTorch's own operations then do the work
@@ -79,9 +76,9 @@ def _loops() -> tuple[Callable[..., None], Callable[..., None]] | None:
 
     options: dict[str, Any] = {"fastmath": flags, "error_model": "numpy", "nogil": True}
     try:
-        return numba.njit(**options, cache=True)(value_loop), numba.njit(**options, cache=True)(slope_loop)
+        return tuple(numba.njit(**options, cache=True)(loop) for loop in (value_loop, slope_loop))
     except RuntimeError:  # no folder that can be written, so nothing is kept for the next process
-        return numba.njit(**options)(value_loop), numba.njit(**options)(slope_loop)
+        return tuple(numba.njit(**options)(loop) for loop in (value_loop, slope_loop))
 
 
 def value(v: Tensor, a: float, b: float) -> Tensor:

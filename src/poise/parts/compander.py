@@ -156,6 +156,7 @@ class Compander(nn.Module):
         self._adopt = False
         self._reported = False
         self._scope: ForwardScope | None = None
+        self._read: tuple[Tensor, Tensor, tuple[int, int], tuple[float, float]] | None = None
         self._held: tuple[Tensor, int, Tensor, bool, Tensor] | None = None
 
     # -- the curve -----------------------------------------------------------------------------------------------------------------
@@ -209,7 +210,22 @@ class Compander(nn.Module):
         return w
 
     def _bend(self, v: Tensor) -> Tensor:
-        return compand_value(v, *self._logs(), self.function)
+        if self.learn or self._shape or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return compand_value(v, *self._logs(), self.function)
+        return compand_value(v, *self._constants(), self.function)
+
+    def _constants(self) -> tuple[float, float]:
+        """Fixed `log a` and `log b` as numbers, read from the device once."""
+        read = self._read
+        if (
+            read is None
+            or read[0] is not self.log_a
+            or read[1] is not self.log_b
+            or read[2] != (self.log_a._version, self.log_b._version)
+        ):
+            versions = (self.log_a._version, self.log_b._version)
+            self._read = read = (self.log_a, self.log_b, versions, (float(self.log_a), float(self.log_b)))
+        return read[3]
 
     def inverse(self, w: Tensor) -> Tensor:
         """`v = b*g^-1(w/a)`, computed in float64 because the inverse is steep near the bound.

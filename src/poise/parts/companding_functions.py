@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, nearest
+from poise.parts import arctan_kernel
 
 __all__ = ["CompandingFunction", "compand_value", "companding_function", "function_names"]
 
@@ -163,80 +164,137 @@ def _fused(*tensors: Tensor) -> bool:
     """Whether the one-pass CPU loops apply: plain, dense, large float32 tensors outside any tracing or function transform."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return False
-    from poise.parts import arctan_kernel
-
     return arctan_kernel.applies(*tensors)
 
 
-def _forward(v: Tensor, log_a: Tensor, log_b: Tensor, function: CompandingFunction) -> Tensor:
+Log = Tensor | float
+"""`log a` or `log b`: a tensor while it is learned or differs between channels, a number when it is fixed."""
+
+
+def _scales(log_a: Log, log_b: Log, dtype: torch.dtype) -> tuple[Any, Any]:
+    if isinstance(log_a, float) and isinstance(log_b, float):
+        return math.exp(log_a), math.exp(log_b)
+    assert isinstance(log_a, Tensor)
+    assert isinstance(log_b, Tensor)
+    return log_a.to(dtype).exp(), log_b.to(dtype).exp()
+
+
+def _single(scale: Any) -> bool:
+    return isinstance(scale, float) or scale.numel() == 1
+
+
+def _forward(v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction) -> Tensor:
     dtype = _computing_dtype(v)
-    a, b = log_a.to(dtype).exp(), log_b.to(dtype).exp()
-    if function.name == "arctan" and a.numel() == 1 and b.numel() == 1 and _fused(v):
-        from poise.parts import arctan_kernel
-
+    a, b = _scales(log_a, log_b, dtype)
+    if function.name == "arctan" and _single(a) and _single(b) and _fused(v):
         return arctan_kernel.value(v, float(a), float(b))
-    return (a * function.value(v.to(dtype) / b)).to(v.dtype)
+    w: Tensor = a * function.value(v.to(dtype) / b)
+    return w.to(v.dtype)
 
 
-def _times_slope(gradient: Tensor, v: Tensor, log_a: Tensor, log_b: Tensor, function: CompandingFunction) -> Tensor:
+def _times_slope(gradient: Tensor, v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction) -> Tensor:
     """`gradient * dw/dv`, in the computing dtype."""
     dtype = _computing_dtype(v)
-    a, b = log_a.to(dtype).exp(), log_b.to(dtype).exp()
-    if function.name == "arctan" and a.numel() == 1 and b.numel() == 1 and _fused(gradient, v):
-        from poise.parts import arctan_kernel
-
+    a, b = _scales(log_a, log_b, dtype)
+    if function.name == "arctan" and _single(a) and _single(b) and _fused(gradient, v):
         return arctan_kernel.times_slope(gradient, v, float(a), float(b))
-    return gradient.to(dtype) * ((a / b) * function.slope(v.to(dtype) / b))
+    result: Tensor = gradient.to(dtype) * ((a / b) * function.slope(v.to(dtype) / b))
+    return result
+
+
+def _keep(ctx: Any, v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction, w: Tensor) -> None:
+    ctx.function, ctx.logs = function, (log_a, log_b) if isinstance(log_a, float) else None
+    curve = () if ctx.logs else (log_a, log_b)
+    ctx.learns = ctx.needs_input_grad[1]
+    # A learned `a` needs w itself; the layer that uses w keeps the same tensor, so this costs no memory.
+    ctx.save_for_backward(v, *curve, *([w] if ctx.learns else []))
+    ctx.save_for_forward(v, *curve)
+
+
+def _kept(ctx: Any) -> tuple[Tensor, Log, Log]:
+    saved = ctx.saved_tensors
+    return (saved[0], *ctx.logs) if ctx.logs else saved[:3]
+
+
+def _summed(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """`sum x*y` over what `like` is shared by."""
+    if like.numel() == 1 and x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x.reshape(-1), y.reshape(-1)).to(like.dtype).reshape(like.shape)
+    return (x * y).sum_to_size(like.shape).to(like.dtype)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    v, log_a, log_b = _kept(ctx)
+    of_v = _times_slope(gradient, v, log_a, log_b, ctx.function)
+    of_log_a = of_log_b = None
+    if ctx.learns:
+        assert isinstance(log_a, Tensor)
+        of_log_a = _summed(gradient, ctx.saved_tensors[3], log_a)
+    if ctx.needs_input_grad[2]:
+        assert isinstance(log_b, Tensor)
+        of_log_b = -_summed(of_v, v, log_b)
+    return (of_v.to(v.dtype) if ctx.needs_input_grad[0] else None), of_log_a, of_log_b, None
+
+
+def _along(ctx: Any, of_v: Tensor | None, of_log_a: Tensor | None, of_log_b: Tensor | None) -> Tensor:
+    """The derivative along a direction, for forward-mode differentiation."""
+    v, log_a, log_b = _kept(ctx)
+    direction = torch.zeros_like(v) if of_v is None else of_v
+    if of_log_b is not None:
+        direction = direction - v * of_log_b
+    result = _times_slope(direction, v, log_a, log_b, ctx.function)
+    if of_log_a is not None:
+        result = result + _forward(v, log_a, log_b, ctx.function) * of_log_a
+    return result.to(v.dtype)
 
 
 class _Compand(torch.autograd.Function):
     """`w = a*g(v/b)` keeping only `v`, `log a`, `log b`: the curve is evaluated again in the backward pass."""
 
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction) -> Tensor:
+        w = _forward(v, log_a, log_b, function)
+        _keep(ctx, v, log_a, log_b, function, w)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _backward(ctx, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _along(ctx, *tangents[:3])
+
+
+class _CompandUnderTransforms(torch.autograd.Function):
+    """The same in the form that `torch.func` asks for; PyTorch inspects signatures at every call of it, which costs 20 microseconds."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(v: Tensor, log_a: Tensor, log_b: Tensor, function: CompandingFunction) -> Tensor:
+    def forward(v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction) -> Tensor:
         return _forward(v, log_a, log_b, function)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        v, log_a, log_b, ctx.function = inputs
-        ctx.learns = ctx.needs_input_grad[1]
-        # A learned `a` needs w itself; the layer that uses w keeps the same tensor, so this costs no memory.
-        kept = (v, log_a, log_b, output) if ctx.learns else (v, log_a, log_b)
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(v, log_a, log_b)
+        v, log_a, log_b, function = inputs
+        _keep(ctx, v, log_a, log_b, function, output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (gradient,) = gradients
-        v, log_a, log_b = ctx.saved_tensors[:3]
-        of_v = _times_slope(gradient, v, log_a, log_b, ctx.function)
-        of_log_a = (gradient * ctx.saved_tensors[3]).sum_to_size(log_a.shape).to(log_a.dtype) if ctx.learns else None
-        of_log_b = -(of_v * v).sum_to_size(log_b.shape).to(log_b.dtype) if ctx.needs_input_grad[2] else None
-        return (of_v.to(v.dtype) if ctx.needs_input_grad[0] else None), of_log_a, of_log_b, None
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _backward(ctx, *gradients)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        of_v, of_log_a, of_log_b, _ = tangents
-        v, log_a, log_b = ctx.saved_tensors[:3]
-        along = torch.zeros_like(v)
-        if of_v is not None:
-            along = along + of_v
-        if of_log_b is not None:
-            along = along - v * of_log_b
-        result = _times_slope(along, v, log_a, log_b, ctx.function)
-        if of_log_a is not None:
-            result = result + _forward(v, log_a, log_b, ctx.function) * of_log_a
-        return result.to(v.dtype)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _along(ctx, *tangents[:3])
 
 
-def compand_value(v: Tensor, log_a: Tensor, log_b: Tensor, function: CompandingFunction) -> Tensor:
+def compand_value(v: Tensor, log_a: Log, log_b: Log, function: CompandingFunction) -> Tensor:
     """`w = a*g(v/b)`, differentiable any number of times in `v`, `log a` and `log b`.
 
     Args:
         v: the free parameter, float, any shape.
-        log_a, log_b: 0-dim, or of a shape that broadcasts to `v`.
+        log_a, log_b: 0-dim, or of a shape that broadcasts to `v`; or both numbers, which are then constants.
         function: which `g`.
 
     Returns:
@@ -255,5 +313,6 @@ def compand_value(v: Tensor, log_a: Tensor, log_b: Tensor, function: CompandingF
         return _forward(
             v, log_a, log_b, function
         )  # the compiler fuses the curve and decides itself what to compute again
-    result: Tensor = _Compand.apply(v, log_a, log_b, function)  # type: ignore[no-untyped-call]
+    form = _CompandUnderTransforms if torch._C._are_functorch_transforms_active() else _Compand
+    result: Tensor = form.apply(v, log_a, log_b, function)  # type: ignore[no-untyped-call]
     return result
