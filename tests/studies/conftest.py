@@ -11,6 +11,7 @@ from poise.studies import LocalEngine, Study
 def fake_task(monkeypatch):
     """Let every study see the task of `studies_fakes`, whatever data it names."""
     monkeypatch.setattr(study_module.Study, "task", studies_fakes.task())
+    monkeypatch.setattr(study_module, "_rehearse", lambda plan, objectives: None)
 
 
 @pytest.fixture

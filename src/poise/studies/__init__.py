@@ -18,8 +18,7 @@ _HOME = {
     "StudyProgress": "study",
     "StudyResult": "study",
     "Summary": "summary",
-    "execute": "execute",
-    "summarize": "summary",
+    "summarize": "findings",
 }
 
 __all__ = list(_HOME)
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from poise.studies.config import StudyConfig as StudyConfig
     from poise.studies.engine import Engine as Engine
     from poise.studies.engine import LocalEngine as LocalEngine
-    from poise.studies.execute import execute as execute
+    from poise.studies.findings import summarize as summarize
     from poise.studies.spec import DataSpec as DataSpec
     from poise.studies.spec import RunRecord as RunRecord
     from poise.studies.spec import RunSpec as RunSpec
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from poise.studies.study import StudyProgress as StudyProgress
     from poise.studies.study import StudyResult as StudyResult
     from poise.studies.summary import Summary as Summary
-    from poise.studies.summary import summarize as summarize
 
 
 def __getattr__(name: str) -> Any:

@@ -87,7 +87,7 @@ class Plan:
         self.formulas = tuple(formulas)
         self.records: dict[str, RunRecord] = {}
         self.roles: dict[str, tuple[Role, int, int]] = {}
-        self._base = base
+        self.base = base
         self._score_name = f"valid/{primary}"
         self._direction = direction
         self.trials = trial_count(config, self.formulas)
@@ -143,9 +143,9 @@ class Plan:
 
     def cost(self, spec: RunSpec) -> float:
         """Return a run's budget in budgets of one final run."""
-        if spec.epochs is not None and self._base.epochs:
-            return spec.epochs / self._base.epochs
-        return (spec.steps or 1) / (self._base.steps or 1)
+        if spec.epochs is not None and self.base.epochs:
+            return spec.epochs / self.base.epochs
+        return (spec.steps or 1) / (self.base.steps or 1)
 
     def cost_of(self, run: str) -> float:
         """Return the budget of a run by its id."""
@@ -189,12 +189,12 @@ class Plan:
             self._register(number, specs)
 
     def _direct(self, track: Track) -> Generator[list[RunSpec], None, None]:
-        yield self._conclude(track, self._base.lr, {})
+        yield self._conclude(track, self.base.lr, {})
 
     def _search(self, track: Track) -> Generator[list[RunSpec], None, None]:
         tuning = self.config.tuning
         ranges = {name: (auto.low, auto.high) for name, auto in self.formulas[track.formula].autos.items()}
-        survivors = trials(ranges, count=self.trials, seed=track.seed, lr=self._base.lr, lr_factor=tuning.lr_factor)
+        survivors = trials(ranges, count=self.trials, seed=track.seed, lr=self.base.lr, lr_factor=tuning.lr_factor)
         best: Trial | None = None
         plan = rungs(self.trials, halving=tuning.halving, count=tuning.rungs)
         for rung, (count, share) in enumerate(plan):
@@ -224,7 +224,7 @@ class Plan:
     def _conclude(self, track: Track, lr: float, weights: dict[str, float]) -> list[RunSpec]:
         formula = self.formulas[track.formula]
         resolved = formula.resolve(weights) if weights else formula
-        common = replace(self._base, seed=track.seed, lr=lr)
+        common = replace(self.base, seed=track.seed, lr=lr)
         track.weights = dict(weights)
         track.final = replace(common, formula=str(resolved))
         if self.config.leave_one_out and len(resolved.labels) > 1:
@@ -235,12 +235,12 @@ class Plan:
         formula = self.formulas[track.formula]
         resolved = formula.resolve(trial.weights) if trial.weights else formula
         return replace(
-            self._base,
+            self.base,
             formula=str(resolved),
             seed=track.seed,
             lr=trial.lr,
-            epochs=_part(self._base.epochs, share),
-            steps=_part(self._base.steps, share),
+            epochs=_part(self.base.epochs, share),
+            steps=_part(self.base.steps, share),
             measure="valid",
         )
 

@@ -7,12 +7,13 @@ Holm-adjusted p-value agrees. Where nothing can be told apart, the simpler formu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from poise.studies.intervals import Estimate
 from poise.studies.summary import Difference, FormulaSummary, Metric, Recommendation, TaskSummary, Verdict
 
 if TYPE_CHECKING:
+    from poise.studies.config import DataConfig, TrainingConfig
     from poise.studies.plan import Plan
 
 
@@ -178,35 +179,54 @@ def python_lines(formula: FormulaSummary, plan: Plan, task: TaskSummary) -> str:
     """
     result = formula.seeds[0]
     training, data = plan.config.training, plan.config.data
-    options = {
-        name: value
-        for name, value in data.model_dump(exclude_defaults=True, exclude={"source", "fingerprint"}).items()
-        if value is not None
-    }
-    arguments = "".join(f", {name}={value!r}" for name, value in options.items())
-    budget = f"epochs={training.epochs}" if training.epochs else f"steps={training.steps}"
-    solver = f"solver={training.solver!r}, solver_options={dict(training.solver_options or {})!r}"
-    schedule = f"    schedule={training.schedule!r},\n" if training.schedule else ""
-    precision = f"    precision={training.precision!r},\n" if training.precision != "fp32" else ""
-    best = '    keep="best",\n' if training.select == "best" else ""
     found = f"  # found on seed {result.seed}" if plan.trials else ""
-    return f"""import poise
+    lines = [
+        "import poise",
+        "",
+        f"task = poise.load_task({_arguments(repr(data.source), **_given(data))})",
+        f"split = task.split(seed={result.seed})",
+        f"objective = poise.parse({result.formula!r}){found}",
+        "run = poise.fit(",
+        f"    task.model({training.model!r}, seed={result.seed}),",
+        "    objective,",
+        "    split.train,",
+        "    split.valid,",
+        "    readout=task.readout(),",
+        "    metrics=task.metrics,",
+        *(f"    {line}" for line in _solver_lines(training, result.lr, found)),
+        f"    epochs={training.epochs}," if training.epochs else f"    steps={training.steps},",
+        f"    batch_size={training.batch_size},",
+        f"    seed={result.seed},",
+        f"    device={training.device!r},",
+        *([f"    precision={training.precision!r},"] if training.precision != "fp32" else []),
+        *(["    deterministic=True,"] if training.deterministic else []),
+        *([f"    monitor={task.primary!r},", "    restore_best=True,"] if training.select == "best" else []),
+        ")",
+        'print(task.metrics(run.predict(split.test["input"]), split.test["target"]))',
+    ]
+    return "\n".join(lines) + "\n"
 
-task = poise.load_task({data.source!r}{arguments})
-split = task.split(seed={result.seed})
-objective = poise.parse({result.formula!r}){found}
-run = poise.fit(
-    task.model({training.model!r}, seed={result.seed}),
-    objective,
-    split.train,
-    valid=split.valid,
-    readout=task.readout(),
-    metrics=task.metrics,
-    {solver},
-    lr={result.lr!r},{found}
-    {budget},
-    batch_size={training.batch_size},
-    seed={result.seed},
-{schedule}{precision}{best})
-print(task.metrics(run.predict(split.test["input"]), split.test["target"]))
-"""
+
+def _given(data: DataConfig) -> dict[str, Any]:
+    values = data.model_dump(exclude_defaults=True, exclude={"source", "fingerprint"})
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _solver_lines(training: TrainingConfig, lr: float, found: str) -> list[str]:
+    """Return the arguments of `fit` that name the solver, its learning rate and its schedule."""
+    options = dict(training.solver_options or {})
+    if not options or (training.solver, options) == ("sgd", {"momentum": 0.9}):
+        # `fit` gives SGD its momentum of 0.9 by itself.
+        lines = [f"solver={training.solver!r},", f"lr={lr!r},{found}"]
+    else:
+        lines = [f"solver=poise.solvers.TorchOptimizer({_arguments(repr(training.solver), lr=lr, **options)}),{found}"]
+    schedule = {"constant": None, "cosine": "cosine(1, 0)", "linear": "linear(1, 0)"}.get(
+        training.schedule or "constant", training.schedule
+    )
+    if schedule:
+        lines.append(f"lr_schedule=poise.{schedule},")
+    return lines
+
+
+def _arguments(*positional: str, **named: Any) -> str:
+    return ", ".join([*positional, *(f"{name}={value!r}" for name, value in named.items())])

@@ -347,6 +347,8 @@ class Study:
                 store.set_meta("task", _task_to_meta(described))
                 # Runs that failed before are tried again: their reason may have been the machine's.
                 plan.feed(record for record in store.records() if record.status == "done")
+                if plan.done == 0:
+                    _rehearse(plan, self._objectives)
                 _Session(plan, store, engine, self.folder / CHECKPOINTS, task=described, progress=progress).run()
             summary = summarize(plan, described, store.curves)
         with contextlib.suppress(OSError):
@@ -494,6 +496,15 @@ def _parse(text: str) -> Objective:
     objective = parse(text)
     objective.check_weights()
     return objective
+
+
+def _rehearse(plan: Plan, objectives: Sequence[Objective]) -> None:
+    """Try one step of every formula here, so that what cannot work stops the study and not every single run."""
+    from poise.studies.execute import rehearse
+
+    for objective in objectives:
+        middle = {name: math.sqrt(auto.low * auto.high) for name, auto in objective.autos.items()}
+        rehearse(replace(plan.base, formula=str(objective.resolve(middle)), seed=plan.config.seeds[0]))
 
 
 def _data_spec(config: StudyConfig) -> DataSpec:
