@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from poise.errors import InputError
 
-__all__ = ["parameter_groups"]
+__all__ = ["asked_for", "parameter_groups"]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -75,6 +75,41 @@ def parameter_groups(
             groups.setdefault((group["name"], scale), {**group, "params": []})["params"].append(parameter)
     order = ("decay", "weight_space", "no_decay", "slow")
     return [groups[key] for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1]))]
+
+
+def asked_for(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """One group with every trained parameter, but for those whose module asks for something else in `parameter_options`.
+
+    What an optimiser gets that is only named: `poise.fit(model, ..., solver="sgd", lr=0.1)`. A companded model so keeps `log a` and
+    `log b` slow and free of decay without its user knowing of them; a plain model gets a single group, as in PyTorch.
+
+    Raises:
+        InputError: a weight is to decay in its own space (`compand(decay_on="w")`), which a named optimiser cannot do.
+    """
+    rest: list[Any] = []
+    special: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        options: dict[str, dict[str, Any]] = getattr(module, "parameter_options", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            asked = options.get(name)
+            if asked is None or (asked.get("weight_space_decay") and weight_decay == 0):
+                rest.append(parameter)
+            elif asked.get("weight_space_decay"):
+                raise InputError(
+                    "this model was companded with decay_on='w', and an optimiser that is only named cannot decay its weights. Build the "
+                    "optimiser from handle.parameter_groups(weight_decay=..., lr=...), call handle.follow(optimizer), and hand it over."
+                )
+            else:
+                special.append({"params": [parameter], "lr": lr * asked.get("lr_multiplier", 1.0)})
+                special[-1]["weight_decay"] = asked.get("weight_decay", weight_decay)
+    merged: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in special:
+        merged.setdefault((group["lr"], group["weight_decay"]), {**group, "params": []})["params"] += group["params"]
+    return [{"params": rest}, *merged.values()]
 
 
 def _group_of(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from poise.errors import InputError, nearest
 from poise.objective import Objective
 from poise.problem import Certificate, Problem, Step
+from poise.solvers.parameter_groups import asked_for
 
 _NAMES = {
     "adadelta": "Adadelta",
@@ -40,7 +41,8 @@ class TorchOptimizer:
     Args:
         optimizer: a name ("sgd", "adamw", ...), a class, or an object that holds its parameters already.
         clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.
-        parameter_groups: makes the optimiser's groups from the model; by default all trained parameters in one.
+        parameter_groups: makes the optimiser's groups from the model; by default all trained parameters in one, but for those
+            whose module asks for a slower or undecayed group (see `poise.solvers.parameter_groups`).
         options: the optimiser's own, such as `lr=3e-4, weight_decay=0.01`. Without `lr`, SGD takes 0.02 with momentum 0.9,
             L-BFGS 1.0 with a strong Wolfe line search, the others PyTorch's default.
 
@@ -99,7 +101,11 @@ class TorchOptimizer:
         if self.parameter_groups is not None:
             groups = list(self.parameter_groups(model))
         else:
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+            defaults = inspect.signature(self.maker).parameters
+            rate, decay = (
+                self.options.get(k, getattr(defaults.get(k), "default", 0.0)) for k in ("lr", "weight_decay")
+            )
+            groups = asked_for(model, rate, decay)
         own = [{"params": g["params"], "maximize": g["maximize"]} for g in objective.parameter_groups()]
         if not any(group["params"] for group in [*groups, *own]):
             raise InputError("Nothing is trained: no parameter of the model requires a gradient.")
