@@ -153,12 +153,16 @@ class Companding:
         """Warn, once a layer, when `a` or `b` left [1e-4, 1e4] times its start. Runs by itself every 100 training passes."""
         warn_of_drift([entry.compander for entry in self._checked_entries()])
 
+    def on_begin(self, state: Any) -> None:
+        """Warn of terms of `state.objective` that work against companding."""
+        self._checked_entries()[0].compander.check_objective(state.objective)
+
     def on_epoch_end(self, state: Any) -> None:
         """Record the curves' state in `state.history`, and check the drift."""
         self.check()
         for name, figures in self.stats().items():
             for figure in ("a", "b", "saturated", "max_abs"):
-                state.history.setdefault(f"companding/{name}/{figure}", []).append(figures[figure])
+                state.history.add(f"companding/{name}/{figure}", state.step, figures[figure])
 
     def folded_state_dict(self) -> dict[str, Any]:
         """The state dict of the plain model with `w` in place of `v`, leaving this model as it is."""
