@@ -974,7 +974,7 @@ def _reduce(values: Tensor, count: Tensor | None, denominator: tuple[float | Ten
         if denominator is None or denominator[0] == values.numel():
             return values.mean()
         return values.sum() / denominator[0]
-    # Where nothing counts, whatever stands there (padding may hold NaN) must not reach value or gradient.
+    # Where nothing counts, the value must not matter: 0 times an infinite one would be NaN.
     weighted = torch.where(count == 0, 0.0, values) * count
     total = count.sum() if denominator is None else denominator[0]
     if isinstance(total, Tensor):
