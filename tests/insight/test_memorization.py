@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         memorization_report([p[:5]], label, truth)
     with pytest.raises(InputError, match="59"):
         suspect_labels(p, label[:-1])
-    with pytest.raises(InputError, match="it holds 0"):
+    with pytest.raises(InputError, match="no early_learning term"):
         suspect_labels(1.0 * CrossEntropy(), label)
     with pytest.raises(InputError, match="same examples"):
         MemorizationRecorder(p, label, truth[:3])
@@ -151,16 +151,37 @@ def test_the_recorder_measures_due_epochs_and_leaves_the_model_as_it_was() -> No
     with torch.no_grad():
         term.advance(model(x), torch.arange(60))
     recorder = MemorizationRecorder(x, label, truth, every=2, batch_size=7)
-    for epoch in range(4):
+    for epoch in range(1, 5):
         recorder.on_epoch_end(SimpleNamespace(model=model, objective=objective, epoch=epoch))
     report = recorder.report()
-    assert [row.epoch for row in report.epochs] == [1, 3]
+    assert [row.epoch for row in report.epochs] == [2, 4]
     assert model.training
     model.eval()
     p = torch.softmax(model(x), 1).detach()
     expected = memorization_report([p], label, truth, targets=[term.targets()], weight=3.0).final
     assert report.final.wrong_total == pytest.approx(expected.wrong_total, abs=1e-6)  # batches of 7 round differently
     assert report.suspects is not None
+
+
+def test_a_recorder_goes_on_where_it_was_saved() -> None:
+    _, label, truth = problem()
+    model, objective = nn.Linear(8, 4), CrossEntropy() + 3 * EarlyLearning()
+    objective.bind(examples=60, classes=4)
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    first, second = MemorizationRecorder(x, label, truth), MemorizationRecorder(x, label, truth)
+    state = SimpleNamespace(model=model, objective=objective, epoch=1)
+    first.on_epoch_end(state)
+    second.load_state_dict(first.state_dict())
+    assert second.report().epochs == first.report().epochs
+
+
+def test_two_networks_are_judged_by_the_mean_of_their_targets() -> None:
+    one, two = EarlyLearning(), EarlyLearning()
+    objective = one.named("one") + two.named("two")
+    objective.bind(examples=1, classes=2)
+    one.advance(torch.tensor([[3.0, -3.0]]), torch.tensor([0]))
+    two.advance(torch.tensor([[-0.1, 0.1]]), torch.tensor([0]))
+    assert suspect_labels(objective, torch.tensor([1])).suspect.tolist() == [True]
 
 
 def test_the_report_prints_draws_and_tabulates() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 import poise
 from poise.errors import InputError, QuantityError, StateError
 from poise.objective import DataInfo
-from poise.terms import CrossEntropy, EarlyLearning
+from poise.terms import CrossEntropy, EarlyLearning, RefinedCrossEntropy
 
 # float64 throughout a value of ten operations: what remains is rounding.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -333,9 +333,27 @@ def test_a_mixed_input_meets_the_mixed_target() -> None:
     term, index, logits = bound(), torch.arange(12), random_logits(12)
     visit(term, random_logits(12, seed=2), index)
     plain = term(logits, index).extras["target"]
-    partner, mix = torch.arange(11, -1, -1), torch.full((12,), 0.8, dtype=torch.float64)
-    mixed = term(logits, index, partner=partner, mix=mix)
+    partner, share = torch.arange(11, -1, -1), torch.full((12,), 0.8, dtype=torch.float64)
+    mixed = term(logits, index, partner=partner, share=share)
     torch.testing.assert_close(mixed.extras["target"], 0.8 * plain + 0.2 * plain[partner], **EXACT)
+
+
+def test_refined_labels_shift_to_the_class_that_the_target_believes_and_one_hot_labels_stay() -> None:
+    logits, index = random_logits(2), torch.tensor([0, 1])
+    objective = poise.parse("refined_cross_entropy.on(early_target='early_learning.target') + 2*early_learning")
+    objective.bind(examples=2, classes=5)
+    hard = torch.eye(5, dtype=torch.float64)[[1, 4]]
+    mixed = 0.6 * hard + 0.4 * torch.eye(5, dtype=torch.float64)[[2, 0]]
+    for label in (hard, mixed):
+        report = objective.evaluate(logits=logits, target=label, index=index)
+        t = 0.3 * torch.softmax(logits, 1)  # the first visit
+        refined = label * t / (label * t).sum(1, keepdim=True)
+        expected = -(refined * torch.log_softmax(logits, 1)).sum(1).mean()
+        torch.testing.assert_close(report.terms["refined_cross_entropy"].value, expected, **EXACT)
+    nobody = torch.zeros(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        RefinedCrossEntropy()(logits, mixed, nobody), functional.cross_entropy(logits, mixed, reduction="none"), **EXACT
+    )
 
 
 def test_a_padding_duplicate_is_not_a_visit() -> None:

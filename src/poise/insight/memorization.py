@@ -13,9 +13,9 @@ lists the labels that the targets contradict; it needs no true label, only its p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import count, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +50,7 @@ class EpochDynamics:
     """One epoch: shares of the clean and of the wrongly labelled examples, and the mean coefficients that pull them.
 
     Args:
-        epoch: the epoch after which this was measured, from 0.
+        epoch: passes over the data that were done when this was measured.
         clean_correct: share of clean examples predicted as labelled, in [0, 1]; `clean_other` is the rest.
         wrong_correct: share of wrongly labelled examples predicted as their true class.
         wrong_memorised: share of them predicted as their wrong label.
@@ -225,7 +225,7 @@ def memorization_report(
         true_target: int64 [n], the true classes; evaluation only.
         targets: one float [n, classes] for each epoch, the early-learning targets, or None.
         weight: lambda of the early-learning term, for the gradient coefficients.
-        epochs: the number of each epoch; 0, 1, 2, ... where left out.
+        epochs: the number of each epoch; 1, 2, 3, ... where left out.
         bins: number of bins of the histogram of `<p, t>`.
 
     Raises:
@@ -240,7 +240,7 @@ def memorization_report(
     """
     rows: list[EpochDynamics] = []
     last: tuple[Tensor, Tensor | None] | None = None
-    numbers = iter(epochs) if epochs is not None else iter(range(10**9))
+    numbers: Iterator[int] = iter(epochs) if epochs is not None else count(1)
     for p, t in zip(probabilities, targets if targets is not None else repeat(None), strict=False):
         rows.append(_epoch_dynamics(next(numbers), p, target, true_target, t, weight))
         last = p, t
@@ -259,12 +259,13 @@ def suspect_labels(
     suspect_i = (argmax_c t_ic != y_i); an example that was never visited is never a suspect.
 
     Args:
-        targets: float [n, classes]; or the memory, the `EarlyLearning` term, or an objective that holds exactly one such term.
+        targets: float [n, classes]; or the memory, the `EarlyLearning` term, or an objective that holds one (of several, as
+            the two networks of ELR+ have, the mean counts).
         target: int64 [n], the given labels.
         true_target: int64 [n], the true classes, only for precision and recall.
 
     Raises:
-        InputError: lengths differ, or there is not exactly one early-learning term.
+        InputError: lengths differ, or there is no early-learning term.
 
     Example:
         >>> suspect_labels(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), torch.tensor([0, 0])).suspect
@@ -330,14 +331,12 @@ class MemorizationRecorder:
 
     def on_epoch_end(self, state: Any) -> None:
         """Measure, if this epoch is due. `state` has `.model`, `.objective` and `.epoch`."""
-        if (state.epoch + 1) % self.every:
+        if state.epoch % self.every:
             return
         p = self._predict(state.model)
         terms = _terms_of(state.objective)
-        t, weight = None, 0.0
-        if len(terms) == 1:
-            t = terms[0].targets().to(p)
-            weight = _weight_of(state.objective, terms[0])
+        t = _mean_targets(terms).to(p) if terms else None
+        weight = sum(_weight_of(state.objective, term) for term in terms) / max(1, len(terms))
         self._rows.append(_epoch_dynamics(state.epoch, p, self.target, self.true_target, t, weight))
         self._last = p, t
 
@@ -348,6 +347,15 @@ class MemorizationRecorder:
                 "MemorizationRecorder: nothing is recorded yet; pass it to poise.fit(callbacks=[...]) and train an epoch."
             )
         return _assemble(self._rows, *self._last, self.target, self.true_target, bins)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the figures so far, and the last predictions and targets."""
+        return {"rows": [asdict(row) for row in self._rows], "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._rows = [EpochDynamics(**row) for row in state["rows"]]
+        self._last = None if state["last"] is None else tuple(state["last"])
 
     def _predict(self, model: nn.Module) -> Tensor:
         training = model.training
@@ -366,16 +374,19 @@ def _rows_of(targets: Tensor | PerExampleMemory | nn.Module) -> Tensor:
     if isinstance(targets, PerExampleMemory):
         return targets.values.float()
     terms = _terms_of(targets)
-    if len(terms) != 1:
+    if not terms:
         raise InputError(
-            f"suspect_labels: the objective must hold one early_learning term, and it holds {len(terms)}. "
-            "Give the term itself, or its targets."
+            "suspect_labels: there is no early_learning term in what was given. Give the objective, the term, or its targets."
         )
-    return terms[0].targets()
+    return _mean_targets(terms)
 
 
 def _terms_of(module: nn.Module) -> list[EarlyLearning]:
     return [found for found in module.modules() if isinstance(found, EarlyLearning)]
+
+
+def _mean_targets(terms: Sequence[EarlyLearning]) -> Tensor:
+    return torch.stack([term.targets() for term in terms]).mean(dim=0)
 
 
 def _weight_of(objective: Objective, term: EarlyLearning) -> float:

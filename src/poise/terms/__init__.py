@@ -31,6 +31,7 @@ CATALOGUE: dict[str, str] = {
     "least_squares": "poise.terms.supervised:LeastSquares",
     "mixup": "poise.terms.supervised:Mixup",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
+    "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "squared_error": "poise.terms.supervised:SquaredError",
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
 }

@@ -16,12 +16,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from poise.errors import InputError, QuantityError
 from poise.memory import PerExampleMemory
 from poise.objective import DataInfo, Term, Value
 
-__all__ = ["EarlyLearning"]
+__all__ = ["EarlyLearning", "RefinedCrossEntropy"]
 
 Form = Literal["log", "kl", "ce"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -84,9 +85,9 @@ class EarlyLearning(Term):
         top: remember only so many largest entries of each target (0 remembers all), for data of many classes.
 
     Reads: `logits` float [batch, classes]; `index` int64 [batch], each at most once a step; with `teacher`,
-        `teacher_probabilities` float [batch, classes]. Where the input was mixed, `partner` int64 [batch], the row of the
-        batch that was mixed in, and `mix` float [batch], the share l of the row itself: the target is then
-        l t + (1 - l) t[partner].
+        `teacher_probabilities` float [batch, classes]. Where the input was mixed (`poise.data.augmentations.Mixup`),
+        `partner` int64 [batch], the row of the batch that was mixed in, and `share` float [batch], the share l of the row
+        itself: the target is then l t + (1 - l) t[partner].
     Returns: float [batch], nats, never positive for `"log"`; publishes `target` [batch, classes] and `agreement` <p, t>
         [batch].
     State: `memory` (examples x classes numbers of `dtype`, and an int64 visit count for each example), saved with the
@@ -113,7 +114,7 @@ class EarlyLearning(Term):
         "logits": "float [batch, classes]",
         "teacher_probabilities": "float [batch, classes]",
         "partner": "int64 [batch]",
-        "mix": "float [batch]",
+        "share": "float [batch]",
     }
     # No "potential": the look-ahead target moves with the prediction and carries no gradient, so the gradient is not that of the value.
     capabilities = frozenset({"per_example", "deterministic"})
@@ -173,7 +174,7 @@ class EarlyLearning(Term):
         index: Tensor,
         teacher_probabilities: Tensor | None = None,
         partner: Tensor | None = None,
-        mix: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> Value:
         p = self._probabilities(logits)
         with torch.no_grad():
@@ -181,8 +182,8 @@ class EarlyLearning(Term):
             self._ahead.keep(t, self._decisive(logits, index, teacher_probabilities))
             if self.bias_correction:
                 t = t / (1 - self.beta ** (self.memory.visits_of(index) + 1).to(t.dtype))[:, None]
-            if partner is not None and mix is not None:
-                t = mix[:, None] * t + (1 - mix)[:, None] * t[partner]
+            if partner is not None and share is not None:
+                t = share[:, None] * t + (1 - share)[:, None] * t[partner]
         s = (p * t).sum(dim=-1)
         if self.form == "log":
             values = torch.log1p(-(s.clamp(max=1 - self.eps) if self._rounds else s))
@@ -251,3 +252,40 @@ class EarlyLearning(Term):
             return rows
         kept = self.remembered_classes.read(index).long()
         return rows.new_zeros(len(index), self.classes or classes).scatter_(1, kept, rows)
+
+
+class RefinedCrossEntropy(Term):
+    """Cross-entropy with labels that are re-weighted by the targets of early learning.
+
+    -sum_c y'_c log p_c,   y' = y * t / <y, t>
+
+    A mixed label keeps its two classes, and their shares shift to the one that the target believes. A one-hot label stays
+    what it is.
+
+    Reads: `logits` float [batch, classes]; `target` float [batch, classes], the (mixed) labels; `early_target` float [batch,
+        classes], published by an `early_learning` term: `.on(early_target="early_learning.target")`.
+    Returns: float [batch], nats, >= 0.
+
+    Example:
+        >>> half, sure = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+        >>> RefinedCrossEntropy()(torch.tensor([[0.9, 0.1]]).log(), half, sure)      # -0.9 log 0.9 - 0.1 log 0.1
+        tensor([0.3251])
+
+    Source: shengliu66/ELR, ELR_plus/model/loss.py, used on CIFAR-100.
+    """
+
+    formula = "refined_cross_entropy"
+    equation: ClassVar[str] = "-sum_c y'_c log p_c,  y' = y * t / <y, t>"
+    source: ClassVar[str] = "arXiv:2007.00151, ELR+; shengliu66/ELR"
+    expects: ClassVar[dict[str, str]] = {
+        "logits": "float [batch, classes]",
+        "target": "float [batch, classes]",
+        "early_target": "float [batch, classes]",
+    }
+
+    def forward(self, logits: Tensor, target: Tensor, early_target: Tensor) -> Tensor:
+        weighted = target * early_target.detach().to(target.dtype)
+        agreement = weighted.sum(dim=-1, keepdim=True)
+        # Where the target gives no class of the label any weight (an example never visited), the label stays.
+        refined = torch.where(agreement > 0, weighted / agreement.clamp(min=torch.finfo(target.dtype).tiny), target)
+        return functional.cross_entropy(logits, refined, reduction="none")
