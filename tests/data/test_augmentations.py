@@ -152,3 +152,10 @@ def test_what_is_no_image_or_out_of_range_is_refused() -> None:
     ):
         with pytest.raises(InputError):
             make()
+
+
+def test_dominant_mixup_keeps_each_row_the_larger_part_of_its_mixture() -> None:
+    batch = {"input": torch.eye(4), "target": torch.arange(4)}
+    for seed in range(20):
+        mixed = Mixup(1.0, classes=4, dominant=True)(batch, torch.Generator().manual_seed(seed))
+        assert bool((mixed["share"] >= 0.5).all())

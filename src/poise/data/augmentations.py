@@ -182,6 +182,7 @@ class Mixup:
     Args:
         a: both parameters of the Beta distribution, positive; 1 is uniform.
         classes: number of classes.
+        dominant: take max(s, 1-s), so that each row stays the larger part of its mixture (ELR+, MixMatch).
 
     >>> batch = {"input": torch.zeros(2, 3), "target": torch.tensor([0, 1])}
     >>> Mixup(0.2, classes=2)(batch, torch.Generator())["target"].sum(1)
@@ -192,6 +193,7 @@ class Mixup:
 
     a: float
     classes: int
+    dominant: bool = False
 
     def __post_init__(self) -> None:
         _check_mixing("Mixup", self.a, self.classes)
@@ -199,6 +201,7 @@ class Mixup:
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x: Tensor = batch["input"]
         partner, share = _draw_partners(len(x), self.a, generator)
+        share = max(share, 1 - share) if self.dominant else share
         mixed = share * x + (1 - share) * x[partner.to(x.device)]
         return _mixed(batch, mixed, partner, share, self.classes)
 
