@@ -95,6 +95,9 @@ def make_summary(
         curves = {"loss": curve("loss", loss_grid, {
             s: [2.3 * math.exp(-g / span / 2) + 0.3 + 0.1 * index + draw.gauss(0, 0.06) for g in loss_grid] for s in numbers
         })}  # fmt: skip
+        curves["gradient_norm"] = curve("gradient_norm", loss_grid, {
+            s: [1 / (1 + g / span) + abs(draw.gauss(0, 0.03)) for g in loss_grid] for s in numbers
+        })  # fmt: skip
         curves[f"valid/{metrics[0].name}"] = curve("valid", grid, accuracy)
         for other in metrics[1:]:
             curves[f"valid/{other.name}"] = curve("valid", grid, {

@@ -109,6 +109,18 @@ def test_every_table_has_a_caption_and_every_figure_a_description() -> None:
     assert 'aria-label=""' not in html
 
 
+def test_every_recorded_curve_is_drawn() -> None:
+    summary = make_summary(FIVE)
+    page = Page(summary)
+    drawn = [page.loss_curve, *page.quality_curves, *page.other_curves]
+    assert all(section is not None for section in drawn)
+    panels = {panel.label for panel in page.terms if panel.value is not None and panel.weight is not None}
+    recorded = {name for formula in summary.formulas for name in formula.curves}
+    assert {name.split("/", 1)[1] for name in recorded if name.startswith(("term/", "weight/"))} == panels
+    rest = {name for name in recorded if not name.startswith(("term/", "weight/", "active/"))}
+    assert len(drawn) == len(rest)
+
+
 def test_headings_do_not_skip_a_level() -> None:
     elements = Structure(render(make_summary(FIVE, failed=True, tuned=True))).elements
     levels = [int(tag[1]) for tag, _ in elements if tag in ("h1", "h2", "h3", "h4")]

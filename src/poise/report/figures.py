@@ -23,7 +23,7 @@ Figure = dict[str, Any]
 Numbers = tuple[float | None, ...]
 
 POINTS = 500
-_HOVER_NAME = 44
+_HOVER_NAME = 32
 _LETTER = 15  # pixels that a letter at the end of a line needs
 
 
@@ -119,7 +119,12 @@ def curves(
             "margin": {"l": 48, "r": 26, "t": 10, "b": 40},
             "hovermode": "x unified",
             "showlegend": False,
-            "xaxis": {"title": {"text": "training step"}, "nticks": 6, "rangemode": "tozero", "hoverformat": ",.0f"},
+            "xaxis": {
+                "title": {"text": "training step"},
+                "nticks": 6,
+                "rangemode": "tozero",
+                "unifiedhovertitle": {"text": "step %{x:,.0f}"},
+            },
             "yaxis": axis,
         },
     }

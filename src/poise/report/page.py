@@ -175,6 +175,7 @@ class Page:
         self.quality_curves = self._quality_curves()
         self.loss_curve = self._curve("loss", "loss", "Training loss", Scale.plain())
         self.terms = self._term_panels()
+        self.other_curves = self._other_curves()
         self.cost_chart = self._cost_chart()
         self.trial_charts = self._trial_charts()
         self.data_facts = self._data_facts()
@@ -385,6 +386,22 @@ class Page:
             section = self._curve(
                 f"valid-{len(sections)}", f"valid/{metric.name}", f"Validation {metric.title}", Scale.of(metric)
             )
+            if section is not None:
+                sections.append(section)
+        return tuple(sections)
+
+    def _other_curves(self) -> tuple[CurveSection, ...]:
+        """Return what was recorded besides: the gradient's norm, what callbacks wrote."""
+        shown = {"loss", *(f"valid/{metric.name}" for metric in self.summary.metrics)}
+        names = dict.fromkeys(
+            name
+            for formula in self.summary.formulas
+            for name in sorted(formula.curves)
+            if name not in shown and not name.startswith(("term/", "weight/", "active/"))
+        )
+        sections: list[CurveSection] = []
+        for name in names:
+            section = self._curve(f"other-{len(sections)}", name, name, Scale.plain(), height=250)
             if section is not None:
                 sections.append(section)
         return tuple(sections)

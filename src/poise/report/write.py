@@ -153,10 +153,10 @@ def _environment() -> jinja2.Environment:
 
 
 def _breakable(text: str) -> Markup:
-    """Let a formula break where a reader would break it: after an operator, a comma or an opening parenthesis."""
+    """Let a formula break where a reader would break it: after a comma or an opening parenthesis."""
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[*+(,])(?=\S)", text))
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[(,])(?=\S)", text))
 
 
 @cache
