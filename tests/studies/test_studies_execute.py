@@ -12,10 +12,10 @@ from torch import nn
 
 import poise.studies.execute as execute_module
 from poise.errors import InputError, PoiseWarning
-from poise.fit import default_metrics
 from poise.readouts import Classification
 from poise.studies.execute import execute, explain, make_schedule, rehearse
 from poise.studies.spec import DataSpec
+from poise.training import default_metrics
 
 MIB = 2**20
 

@@ -23,7 +23,7 @@ import torch
 from poise._version import __version__
 from poise.coefficient import Coefficient
 from poise.errors import CheckpointError, InputError, NonFiniteError, PoiseError, PoiseWarning
-from poise.fit import FitState, Run, fit
+from poise.training import FitState, Run, fit
 from poise.formula import parse
 from poise.solvers.torch_optimizers import TorchOptimizer
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record

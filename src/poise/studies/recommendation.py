@@ -93,9 +93,8 @@ def recommend(
     worse = {difference.formula for difference in mine if difference.verdict == "worse"}
     simple = min((f for f in finished if f.index not in worse), key=lambda f: (len(f.terms), f.index))
     seeds = max(difference.estimate.n for difference in told)
-    text = (
-        f"No formula can be told apart from {formulas[0].text} as better with {seeds} seeds; keep the simpler: "
-        f"{simple.text}. " + " ".join(difference.sentence for difference in mine)
+    text = f"No winner can be told apart with {seeds} seeds; keep the simpler: {simple.text}. " + " ".join(
+        difference.sentence for difference in mine
     )
     return Recommendation("undecided", simple.index, text, python_lines(simple, plan, task))
 
