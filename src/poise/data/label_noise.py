@@ -74,9 +74,9 @@ def flip_labels(
 ) -> FlippedLabels:
     """Make a share of the labels wrong and keep the truth beside them.
 
-        symmetric:    y_i ~ Uniform{0..C-1}  (without y_i where include_own is False)   for round(rate * n) of the labels
-        asymmetric:   y_i = map[y_i]                                                    for round(rate * n_c) of the labels of each class c in the map
-        pair:         y_i = (y_i + 1) mod C                                             for round(rate * n_c) of the labels of each class c
+        symmetric:    y_i ~ Uniform{0..C-1}    for round(rate * n) of the labels  (without y_i where include_own is False)
+        asymmetric:   y_i = map[y_i]           for round(rate * n_c) of the labels of each class c in the map
+        pair:         y_i = (y_i + 1) mod C    for round(rate * n_c) of the labels of each class c
 
     Args:
         target: int64 `[examples]`, in `0..classes-1`; left as it is.
@@ -106,7 +106,9 @@ def flip_labels(
         flipped = _symmetric(truth, drawn, classes, include_own, generator)
     else:
         taken_for = _checked_map(kind, class_map, classes)
-        drawn = torch.cat([_share((truth == source).nonzero().squeeze(1), rate, generator) for source in sorted(taken_for)])
+        drawn = torch.cat(
+            [_share((truth == source).nonzero().squeeze(1), rate, generator) for source in sorted(taken_for)]
+        )
         flipped = truth.clone()
         lookup = torch.tensor([taken_for.get(label, label) for label in range(classes)])
         flipped[drawn] = lookup[truth[drawn]]
@@ -134,7 +136,12 @@ def ring(groups: Sequence[Sequence[int]]) -> dict[int, int]:
     members = [label for group in groups for label in group]
     if len(set(members)) < len(members):
         raise InputError("ring: every class may stand in one group only.")
-    return {label: group[(place + 1) % len(group)] for group in groups if len(group) > 1 for place, label in enumerate(group)}
+    return {
+        label: group[(place + 1) % len(group)]
+        for group in groups
+        if len(group) > 1
+        for place, label in enumerate(group)
+    }
 
 
 def _share(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
@@ -154,7 +161,9 @@ def _symmetric(truth: Tensor, drawn: Tensor, classes: int, include_own: bool, ge
 
 def _checked_classes(target: Tensor, rate: float, kind: str, classes: int | None) -> int:
     if target.ndim != 1 or target.dtype != torch.int64:
-        raise InputError(f"flip_labels needs a target int64 [examples], got {str(target.dtype).removeprefix('torch.')} {list(target.shape)}.")
+        raise InputError(
+            f"flip_labels needs a target int64 [examples], got {str(target.dtype).removeprefix('torch.')} {list(target.shape)}."
+        )
     if not 0 <= rate <= 1:
         raise InputError(f"The rate of label noise must lie in 0..1, got {rate!r}.")
     if kind not in KINDS:
@@ -172,8 +181,13 @@ def _checked_map(kind: str, class_map: Mapping[int, int] | None, classes: int) -
     if kind == "pair":
         return {label: (label + 1) % classes for label in range(classes)}
     if not class_map:
-        raise InputError("Asymmetric label noise needs a class map: which class is taken for which, for instance class_map={3: 8, 5: 6}. 'pair' needs none.")
+        raise InputError(
+            "Asymmetric label noise needs a class map: which class is taken for which, for instance class_map={3: "
+            "8, 5: 6}. 'pair' needs none."
+        )
     for source, taken in class_map.items():
         if not (0 <= source < classes and 0 <= taken < classes) or source == taken:
-            raise InputError(f"The class map takes class {source} for {taken}; both must lie in 0..{classes - 1} and differ.")
+            raise InputError(
+                f"The class map takes class {source} for {taken}; both must lie in 0..{classes - 1} and differ."
+            )
     return dict(class_map)
