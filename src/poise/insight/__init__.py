@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# At once, because the function and its file share a name and the function is what users mean.
+from poise.insight.distillation_spectrum import distillation_spectrum
+
 _HOME: dict[str, str] = {
+    "DistillationReport": "distillation_spectrum",
     "EpochDynamics": "memorization",
     "EpochRefinement": "self_distillation",
     "HardExamples": "self_distillation",
@@ -17,6 +21,7 @@ _HOME: dict[str, str] = {
     "RescalingGroup": "self_distillation",
     "RescalingReport": "self_distillation",
     "Robustness": "weights",
+    "StepRow": "distillation_spectrum",
     "WeightStatistics": "weights",
     "decay_pull": "weights",
     "effective_lr_profile": "weights",
@@ -30,7 +35,7 @@ _HOME: dict[str, str] = {
     "weight_report": "weights",
 }
 
-__all__ = sorted(_HOME)
+__all__ = ["distillation_spectrum", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

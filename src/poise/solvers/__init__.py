@@ -9,6 +9,14 @@ from typing import Any
 from poise.solvers.parameter_groups import parameter_groups
 
 _HOME: dict[str, str] = {
+    "Adam": "torch_optimizers",
+    "AdamW": "torch_optimizers",
+    "LBFGS": "torch_optimizers",
+    "RMSprop": "torch_optimizers",
+    "SGD": "torch_optimizers",
+    "TorchOptimizer": "torch_optimizers",
+    "SelfDistillationKRR": "kernel_distillation",
+    "Spectrum": "kernel_distillation",
     "ClampWeights": "projection",
     "MaxNorm": "projection",
 }

@@ -1,0 +1,30 @@
+"""Procedures of several fits. Public names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# At once, because the function and its file share a name and the function is what users mean.
+from poise.recipes.distillation_chain import distillation_chain
+
+_HOME: dict[str, str] = {
+    "Chain": "distillation_chain",
+    "Grid": "distillation_chain",
+    "Student": "distillation_chain",
+    "distillation_grid": "distillation_chain",
+}
+
+__all__ = ["distillation_chain", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'poise.recipes' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"poise.recipes.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
