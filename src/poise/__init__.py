@@ -23,8 +23,8 @@ _HOME: dict[str, str] = {
     "Problem": "problem",
     "Step": "problem",
     "Certificate": "problem",
-    "fit": "fit",
-    "Run": "fit",
+    "fit": "training",
+    "Run": "training",
     "Stream": "streams",
     "PerExampleMemory": "memory",
     "FrozenModel": "frozen",
@@ -48,20 +48,34 @@ _ROOMS = (
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from poise.errors import PoiseError, PoiseWarning
-    from poise.fit import Run, fit
-    from poise.formula import explain, parse
-    from poise.frozen import FrozenModel
-    from poise.memory import PerExampleMemory
-    from poise.objective import DataInfo, Evaluation, Objective, Term, Value, auxiliary
-    from poise.problem import Certificate, Problem, Step
-    from poise.quantities import Quantities
-    from poise.streams import Stream
-    from poise.studies import Study
-    from poise.tasks import load_task
-    from poise.weights.auto import auto
-    from poise.weights.constraint import constraint
-    from poise.weights.schedule import cosine, exponential, linear, piecewise, rampup
+    from poise.errors import PoiseError as PoiseError
+    from poise.errors import PoiseWarning as PoiseWarning
+    from poise.formula import explain as explain
+    from poise.formula import parse as parse
+    from poise.frozen import FrozenModel as FrozenModel
+    from poise.memory import PerExampleMemory as PerExampleMemory
+    from poise.objective import DataInfo as DataInfo
+    from poise.objective import Evaluation as Evaluation
+    from poise.objective import Objective as Objective
+    from poise.objective import Term as Term
+    from poise.objective import Value as Value
+    from poise.objective import auxiliary as auxiliary
+    from poise.problem import Certificate as Certificate
+    from poise.problem import Problem as Problem
+    from poise.problem import Step as Step
+    from poise.quantities import Quantities as Quantities
+    from poise.streams import Stream as Stream
+    from poise.studies import Study as Study
+    from poise.tasks import load_task as load_task
+    from poise.training import Run as Run
+    from poise.training import fit as fit
+    from poise.weights.auto import auto as auto
+    from poise.weights.constraint import constraint as constraint
+    from poise.weights.schedule import cosine as cosine
+    from poise.weights.schedule import exponential as exponential
+    from poise.weights.schedule import linear as linear
+    from poise.weights.schedule import piecewise as piecewise
+    from poise.weights.schedule import rampup as rampup
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import tempfile
 import warnings
 from pathlib import Path
@@ -102,7 +103,12 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{file} is no checkpoint of Poise, or its beginning is damaged.")
     if hashlib.sha256(body).hexdigest().encode() != head[len(_MAGIC) :]:
         raise CheckpointError(f"The checkpoint {file} is damaged: its contents do not match their digest.")
-    state: dict[str, Any] = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise CheckpointError(
+            f"The checkpoint {file} holds something else than tensors and plain containers, so it is not read."
+        ) from None
     return state
 
 

@@ -71,5 +71,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("cross_entorpy", ["cross_entropy", "l2"])
     " Did you mean 'cross_entropy'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -221,7 +221,7 @@ class Problem:
             if term.couples:
                 where = "several processes" if processes.size() > 1 else "gradient accumulation"
                 raise IncompatibleError(
-                    f"{label} compares examples of a batch with each other ({', '.join(term.couples)}), so its value under {where} "
+                    f"{label} compares examples of a batch with each other, so its value under {where} "
                     "is not that of one big batch. Use one process and accumulate=1."
                 )
 

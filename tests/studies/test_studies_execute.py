@@ -31,11 +31,20 @@ class Untouchable(dict):
         raise AssertionError("the test split was read")
 
 
+@dataclasses.dataclass
+class TinySplit:
+    train: dict
+    valid: dict
+    test: dict
+    warnings: tuple = ("Remark.",)
+    metrics = staticmethod(default_metrics)
+
+
 class TinyTask:
     name, primary, fingerprint = "tiny", "accuracy", "f" * 64
 
     def split(self, seed):
-        return SimpleNamespace(train=part(seed, 300), valid=part(seed + 100, 60), test=part(seed + 200, 60))
+        return TinySplit(part(seed, 300), part(seed + 100, 60), part(seed + 200, 60))
 
     def model(self, name, seed):
         torch.manual_seed(seed)
@@ -43,8 +52,6 @@ class TinyTask:
 
     def readout(self):
         return Classification()
-
-    metrics = staticmethod(default_metrics)
 
 
 @pytest.fixture
@@ -70,6 +77,7 @@ def test_a_run_is_measured_once_at_the_end_and_records_its_curves_and_cost(tiny)
     assert record.curves["valid/nll"][0] == [10, 20, 30]
     assert record.steps == 30
     assert record.sizes == {"train": 300, "valid": 60, "test": 60}
+    assert record.warnings == ["Remark."]
     assert record.seconds > 0
     assert record.peak_memory_bytes > 50 * MIB  # PyTorch alone is more
     assert record.versions["torch"] == torch.__version__

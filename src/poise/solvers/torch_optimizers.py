@@ -30,7 +30,8 @@ _NAMES = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.02, "momentum": 0.9},
-    "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe"},
+    # PyTorch's own tolerances stop before a certificate at 1e-6 is reached.
+    "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 

@@ -68,8 +68,9 @@ def rehearse(spec: RunSpec) -> None:
         PoiseError: formula, model, data and solver do not fit together.
     """
     with contextlib.suppress(NonFiniteError):
-        _, split = _data(spec.data, spec.seed)
-        _train(replace(spec, epochs=None, steps=1), _few(split.train, spec.batch_size), _few(split.valid, 64))
+        task, split = _data(spec.data, spec.seed)
+        few = replace(split, train=_few(split.train, spec.batch_size), valid=_few(split.valid, 64))
+        train(replace(spec, epochs=None, steps=1), task, few)
 
 
 def explain(error: Exception, spec: RunSpec) -> str:
@@ -121,10 +122,10 @@ def make_schedule(text: str | None) -> Coefficient | None:
 def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | None) -> RunRecord:
     task, split = _data(spec.data, spec.seed)
     with _peak_memory(spec.device) as peak:
-        run = _train(spec, split.train, split.valid, task=task, folder=folder, report=report)
-        metrics = _measure(run, task, split.valid, "valid")
+        run = train(spec, task, split, folder=folder, report=report)
+        metrics = _measure(run, split, split.valid, "valid")
         if spec.measure == "test":
-            metrics |= _measure(run, task, split.test, "test")
+            metrics |= _measure(run, split, split.test, "test")
     return RunRecord(
         spec.id,
         spec,
@@ -132,22 +133,22 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
         metrics=metrics,
         curves={name: (list(steps), list(values)) for name, (steps, values) in run.history.curves().items()},
         sizes={name: len(part["input"]) for name, part in _parts(split).items()},
+        warnings=list(split.warnings),
         seconds=run.seconds,
         peak_memory_bytes=peak() or run.peak_memory,
         steps=run.steps,
     )
 
 
-def _train(
+def train(
     spec: RunSpec,
-    train: dict[str, torch.Tensor],
-    valid: dict[str, torch.Tensor],
+    task: Task,
+    split: Split,
     *,
-    task: Task | None = None,
     folder: Path | None = None,
     report: Callable[[float], None] | None = None,
 ) -> Run:
-    task = task or _data(spec.data, spec.seed)[0]
+    """Train a specification on data that are loaded and split already; arguments as `execute`."""
 
     def show(state: FitState) -> None:
         if report is not None:
@@ -157,8 +158,8 @@ def _train(
         return fit(
             task.model(spec.model, seed=spec.seed),
             parse(spec.formula),
-            train,
-            valid,
+            split.train,
+            split.valid,
             readout=task.readout(),
             solver=make_solver(spec),
             lr_schedule=make_schedule(spec.schedule),
@@ -169,7 +170,7 @@ def _train(
             device=spec.device,
             seed=spec.seed,
             deterministic=spec.deterministic,
-            metrics=task.metrics,
+            metrics=split.metrics,
             monitor=task.primary,
             restore_best=spec.select == "best",
             progress=show,
@@ -188,9 +189,9 @@ def _train(
         return attempt()
 
 
-def _measure(run: Run, task: Task, part: dict[str, torch.Tensor], name: str) -> dict[str, float]:
+def _measure(run: Run, split: Split, part: dict[str, torch.Tensor], name: str) -> dict[str, float]:
     output = run.predict(part["input"])
-    return {f"{name}/{metric}": float(value) for metric, value in task.metrics(output, part["target"]).items()}
+    return {f"{name}/{metric}": float(value) for metric, value in split.metrics(output, part["target"]).items()}
 
 
 def _data(data: DataSpec, seed: int) -> tuple[Task, Split]:

@@ -1,4 +1,7 @@
-"""How a coefficient is set: a schedule, a constraint, or `auto` with a policy."""
+"""How a coefficient is set: a schedule, a constraint, or `auto` with a policy.
+
+The functions `poise.constraint` and `poise.auto` share their names with files here, so they are exported one room above.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ _HOME = {
     "rampup": "schedule",
     "piecewise": "schedule",
     "Constraint": "constraint",
-    "constraint": "constraint",
     "Auto": "auto",
-    "auto": "auto",
     "MixingWeight": "mixing",
     "optimal_mixing": "mixing",
 }

@@ -12,13 +12,14 @@ so it leaves 0 again as soon as the constraint is violated. Source: Arrow, Hurwi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.coefficient import Clock, Coefficient, Number, text, value_of
+from poise.coefficient import Clock, Coefficient, Number, leaves_of, text, value_of
 from poise.errors import InputError
 from poise.objective import Objective, Summand, Term
 
@@ -84,6 +85,14 @@ class DualWeight(Coefficient):
 
     def value(self, clock: Clock) -> Tensor:
         return (self.module.sign * self.module.multiplier).float() * value_of(self.inner, clock)
+
+    def leaves(self) -> Iterator[Coefficient]:
+        yield self
+        yield from leaves_of(self.inner)
+
+    def replace(self, table: dict[Coefficient, Number | Coefficient]) -> Coefficient:
+        inner = self.inner.replace(table) if isinstance(self.inner, Coefficient) else self.inner
+        return DualWeight(self.module, inner)
 
     def __str__(self) -> str:
         return f"<multiplier of {self.module.arguments()}>"

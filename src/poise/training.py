@@ -652,7 +652,7 @@ class _Loop:
         for name, value in self._identity().items():
             if saved["identity"][name] != value:
                 raise CheckpointError(
-                    f"The checkpoint in {self.folder} is of another run: its {name} is {saved['identity'][name]!r}, and now it is {value!r}. "
+                    f"The checkpoint in {self.folder} is of another run: {name} is {saved['identity'][name]!r}, and now it is {value!r}. "
                     "Use another folder, or resume=False to start afresh."
                 )
         self.model.load_state_dict(saved["model"])
