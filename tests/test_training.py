@@ -358,6 +358,7 @@ def test_skipping_counts_the_steps_and_keeps_the_model_finite() -> None:
         ({"train": {"input": torch.ones(0, 5), "target": torch.zeros(0).long()}}, "empty"),
         ({"train": {"input": torch.ones(3, 5), "target": torch.tensor([0, 1, 7])}}, "3 classes"),
         ({"objective": "cross_entropy - 0.1*l2"}, "no minimum"),
+        ({"objective": "0*l2"}, "no terms"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_error(options, words: str) -> None:

@@ -69,6 +69,8 @@ class _Reader:
         result = self._read(tree, 0)
         if isinstance(result, Objective):
             return result
+        if isinstance(result, Number) and result == 0:
+            return Objective()
         raise FormulaError(
             f"This formula is a weight without a term: {self.given.strip()!r}. Write for instance '{body}*cross_entropy'."
         )

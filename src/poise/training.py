@@ -275,6 +275,8 @@ class _Loop:
         self.seed, self.precision = seed, precision
         self.model = model.to(self.device)
         self.objective = _as_objective(objective)
+        if not self.objective.labels:
+            raise InputError("The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise.")
         self.objective.check_weights()
         if self.objective.autos:
             next(iter(self.objective.autos.values())).value(Clock())
