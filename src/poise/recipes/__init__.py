@@ -10,8 +10,11 @@ from poise.recipes.distillation_chain import distillation_chain
 
 _HOME: dict[str, str] = {
     "Chain": "distillation_chain",
+    "CoTrained": "elr_plus",
+    "ELRPlus": "elr_plus",
     "Grid": "distillation_chain",
     "Student": "distillation_chain",
+    "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
 }
 
