@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from poise.tasks.embedded import EMBEDDED
 from poise.tasks.load import load_task, read_inputs, read_table
-from poise.tasks.models import build_model, check_model, load_factory
+from poise.tasks.models import build_model, check_model, choose_model, load_factory
 from poise.tasks.preprocessing import preprocessor_from_dict
 from poise.tasks.task import Split, Task
 
@@ -14,6 +14,7 @@ __all__ = [
     "Task",
     "build_model",
     "check_model",
+    "choose_model",
     "load_factory",
     "load_task",
     "preprocessor_from_dict",

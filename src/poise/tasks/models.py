@@ -98,6 +98,15 @@ def cnn(input_shape: tuple[int, ...], outputs: int, image_shape: tuple[int, int,
     )
 
 
+def choose_model(name: str, input_shape: tuple[int, ...]) -> str:
+    """Return what "auto" stands for, cnn for examples that are images and mlp otherwise; every other name as it is.
+
+    >>> choose_model("auto", (1, 28, 28)), choose_model("auto", (64,))
+    ('cnn', 'mlp')
+    """
+    return name if name != "auto" else "cnn" if len(input_shape) == 3 else "mlp"
+
+
 def build_model(
     name: str,
     input_shape: tuple[int, ...],
@@ -120,8 +129,7 @@ def build_model(
 
         >>> model = build_model("mlp", (64,), 10, seed=1)
     """
-    if name == "auto":
-        name = "cnn" if len(input_shape) == 3 else "mlp"
+    name = choose_model(name, input_shape)
     makers: dict[str, Callable[[], Any]] = {
         "linear": lambda: linear(input_shape, outputs),
         "mlp": lambda: mlp(input_shape, outputs),
