@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -317,11 +319,11 @@ def _run_study(study: Study, terminal: Terminal, log: Path | None) -> int:
                 if (study.folder / "study.toml").is_file()
                 else "Nothing had begun; run the same command again."
             ) from None
-        page = write_report(result.summary, study.folder)
-        journal.write(f"report: {page}")
-    terminal.print(
-        *study_results(result.summary), f"\nReport: {page}", f"Again:  poise compare --study {folder}/study.toml"
-    )
+        journal.write("done" if result.ok else "done; some runs failed")
+    # The answer first: a disk that is full must not take it away.
+    terminal.print(*study_results(result.summary))
+    page = write_report(result.summary, study.folder)
+    terminal.print(f"\nReport: {page}", f"Again:  poise compare --study {folder}/study.toml")
     return DONE if result.ok else FAILED
 
 
@@ -362,6 +364,143 @@ def _shares(text: str) -> tuple[float, float, float]:
     if min(train, valid, test) <= 0 or total not in (1.0, 100.0):
         raise InputError(f"--split {text}: the three shares must be positive and add up to 100 (or to 1).")
     return train / total, valid / total, test / total
+
+
+@app.command()
+@command
+def fit(
+    data: Annotated[
+        str, typer.Argument(help="digits, breast_cancer, wine, diabetes, mnist, or a file or folder of yours.")
+    ],
+    formula: Annotated[str, typer.Argument(help="The objective, with a number for every weight.")],
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="DIR", help="Keep the model in a new folder, for `poise predict`.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides split, start and order of batches.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 1,
+    label: Label = None,
+    target_type: TargetType = None,
+    split: SplitShares = "60/20/20",
+    group: Group = None,
+    time: Time = None,
+    test: TestFile = None,
+    class_weight: ClassWeight = None,
+    label_noise: LabelNoise = 0.0,
+    noise: Noise = "symmetric",
+    limit: Limit = None,
+    model: Model = "auto",
+    solver: Solver = None,
+    lr: LearningRate = None,
+    schedule: Schedule = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    select: Select = "last",
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    deterministic: Deterministic = False,
+    quiet: Quiet = False,
+    log: Log = None,
+    debug: Debug = False,
+) -> int:
+    """Train one model on one formula, measure it on the test split, and keep it.
+
+    poise fit mydata.csv "squared_error + 0.01*l2" --label quality --save my-model
+    """
+    from poise.studies import Study
+
+    prepared = Study(
+        data,
+        formula,
+        [seed],
+        label=label,
+        target_type=target_type,
+        split=_shares(split),
+        group=group,
+        time=time,
+        test_file=test,
+        label_noise=label_noise,
+        noise=noise,
+        class_weight=class_weight,
+        limit=limit,
+        model=model,
+        solver=solver,
+        lr=lr,
+        schedule=schedule,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        select=select,
+        deterministic=deterministic,
+        tune=0,
+        leave_one_out=False,
+        threads=threads,
+    )
+    return _fit_one(prepared, save, _terminal(quiet), log)
+
+
+def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | None) -> int:
+    """Train the one run of a study in this process, with a bar and with checkpoints beside the model."""
+    import torch
+
+    from poise.formula import parse
+    from poise.saved import CONFIG, save_model
+    from poise.studies.execute import train
+    from poise.tables import fit_results
+    from poise.terminal import Journal
+
+    if save is not None and (save / CONFIG).exists():
+        raise InputError(f"{save} holds a model already. Choose another folder with --save, or remove this one.")
+    (formula,) = study.config.formulas
+    if autos := parse(formula).autos:
+        raise InputError(
+            f"`poise fit` needs a number for every weight, and {', '.join(autos)} is `auto`. "
+            "`poise compare DATA FORMULA --tune 10` finds the weights."
+        )
+    torch.set_num_threads(study.config.engine.threads)
+    (spec,) = study.plan().wanted()
+    task = study.task
+    split = task.split(spec.seed)
+    for line in (*task.notes, *(f"warning: {text}" for text in (*task.warnings, *split.warnings))):
+        terminal.say(line)
+    checkpoints = None if save is None else save / "checkpoints" / spec.id
+    with Journal(log) as journal, terminal.progress(formula) as progress:
+        run = train(spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""))
+        journal.write(f"trained {run.steps} steps in {run.seconds:.1f} s: {run.stopped}")
+    metrics = split.metrics(run.predict(split.test["input"]), split.test["target"])
+    terminal.print(*fit_results(formula, task, run.seconds, metrics))
+    if save is not None:
+        for note in save_model(save, run, task, split, spec, metrics):
+            terminal.say(f"warning: {note}")
+        shutil.rmtree(save / "checkpoints", ignore_errors=True)
+        terminal.print(f"\nSaved:   {save}", f"Predict: poise predict {shlex.quote(str(save))} FILE")
+    return DONE
+
+
+@app.command()
+@command
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A folder that `poise fit --save` wrote.")],
+    data: Annotated[Path, typer.Argument(help="New rows, in a file like the one that was trained on.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the CSV goes; standard output by default.")
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> int:
+    """Predict new rows with a kept model: a CSV with the prediction and, for classes, every probability."""
+    from poise.saved import SavedModel
+
+    predictions = SavedModel.load(folder).predict(data, device=device)
+    if out is None:
+        predictions.write_csv(sys.stdout)
+        return DONE
+    with out.open("w", encoding="utf-8", newline="") as file:
+        predictions.write_csv(file)
+    _terminal().say(f"{len(predictions.values):,} predictions: {out}")
+    return DONE
 
 
 @app.command()

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from poise.claims import Claim
     from poise.claims.runner import Row
     from poise.studies.summary import Difference, Metric, Summary, TermEffect
+    from poise.tasks import Task
 
-__all__ = ["claim_finding", "claim_rows", "formula_names", "study_results"]
+__all__ = ["claim_finding", "claim_rows", "fit_results", "formula_names", "study_results"]
 
 STATE_STYLE = {"holds": "green", "fails": "red", "not run": "yellow", "not built": "dim"}
 VERDICT_STYLE = {"better": "green", "worse": "red", "undecided": "yellow", "no interval": "dim"}
@@ -41,6 +42,18 @@ def study_results(summary: Summary) -> Iterator[RenderableType]:
     if summary.recommendation.python:
         yield Text()
         yield Text("\n".join(f"    {line}" for line in summary.recommendation.python.splitlines()), style="cyan")
+    if summary.notes:
+        yield _heading("How to read this")
+        yield Text("\n".join(summary.notes), style="dim")
+
+
+def fit_results(formula: str, task: Task, seconds: float, metrics: dict[str, float]) -> Iterator[RenderableType]:
+    """What one trained model reached on the test split."""
+    yield _heading(f"{formula} on {task.name}, {wording.count(task.examples, 'example')}: {wording.seconds(seconds)}")
+    table = _table("Test metric", ">Value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    yield table
 
 
 def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
@@ -104,7 +117,7 @@ def _data(summary: Summary) -> Iterator[RenderableType]:
     sizes = ", ".join(f"{number:,} {name}" for name, number in task.sizes.items())
     yield _heading(summary.title)
     yield Text(f"{task.name}: {wording.count(task.examples, 'example')} ({sizes}), {task.target_type}")
-    for note in (*task.notes, *summary.notes):
+    for note in task.notes:
         yield Text(note, style="dim")
     for warning in (*task.warnings, *summary.warnings):
         yield Text(f"warning: {warning}", style="yellow")
@@ -163,7 +176,7 @@ def _selected(summary: Summary) -> Iterator[RenderableType]:
     table = _table("", "Weight", "Values")
     for formula in summary.formulas:
         for name, by_seed in formula.selected.items():
-            values = ", ".join(f"{wording.plain(value)} (seed {seed})" for seed, value in by_seed.items())
+            values = ", ".join(f"{value:.4g} (seed {seed})" for seed, value in by_seed.items())
             table.add_row(_letter(formula.index), name, Text(values))
     yield table
 
