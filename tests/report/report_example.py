@@ -267,6 +267,7 @@ def make_summary(
             "epochs": "60",
             "batch_size": "128",
             "threads": "1",
+            "label noise": label("40 % symmetric"),
             label("setting"): label("value"),
         },
         seeds=tuple(numbers),

@@ -34,6 +34,12 @@ def page(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with few figures, for what does not depend on them."""
+    return write_report(make_summary(seeds=2, steps=60), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with Browser() as browser:
         yield browser
@@ -77,8 +83,8 @@ def test_the_page_never_scrolls_sideways(browser: Browser, page: Path, width: in
     assert browser.run(OVERFLOW) == 0
 
 
-def test_a_change_of_theme_recolours_page_and_figures_at_once(browser: Browser, page: Path) -> None:
-    browser.open(page)
+def test_a_change_of_theme_recolours_page_and_figures_at_once(browser: Browser, small_page: Path) -> None:
+    browser.open(small_page)
     look = "[getComputedStyle(document.body).backgroundColor, document.querySelector('.plot .xtick text').style.fill, document.querySelector('.plot .js-line').style.stroke]"  # noqa: E501
     light = browser.run(look)
     browser.show(dark=True)
@@ -87,8 +93,8 @@ def test_a_change_of_theme_recolours_page_and_figures_at_once(browser: Browser, 
     assert all(a != b for a, b in zip(light, dark, strict=True))
 
 
-def test_a_legend_button_works_by_keyboard_and_hides_its_formula_only(browser: Browser, page: Path) -> None:
-    browser.open(page)
+def test_a_legend_button_works_by_keyboard_and_hides_its_formula_only(browser: Browser, small_page: Path) -> None:
+    browser.open(small_page)
     browser.run('document.querySelector(\'button[data-charts="valid-0"][data-formula="1"]\').focus()')
     shown = "document.getElementById('plot-valid-0').data.filter(t => t.visible).map(t => t.meta.formula)"
     before = browser.run(shown)
@@ -100,8 +106,8 @@ def test_a_legend_button_works_by_keyboard_and_hides_its_formula_only(browser: B
     assert browser.run(shown) == before
 
 
-def test_the_copy_button_puts_exactly_the_lines_into_the_clipboard(browser: Browser, page: Path) -> None:
-    browser.open(page)
+def test_the_copy_button_puts_exactly_the_lines_into_the_clipboard(browser: Browser, small_page: Path) -> None:
+    browser.open(small_page)
     browser.run("window.got = null; document.addEventListener('copy', () => { window.got = String(getSelection()) })")
     browser.run("navigator.clipboard.writeText = async text => { window.got = text }")
     browser.run("document.querySelector('button.copy').click()")
@@ -112,9 +118,9 @@ def test_the_copy_button_puts_exactly_the_lines_into_the_clipboard(browser: Brow
 
 
 def test_the_copy_button_falls_back_where_a_browser_keeps_the_clipboard_from_pages_on_disk(
-    browser: Browser, page: Path
+    browser: Browser, small_page: Path
 ) -> None:
-    browser.open(page)
+    browser.open(small_page)
     browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('not here'))")
     browser.run("document.addEventListener('copy', () => { window.got = String(getSelection()) })")
     browser.run("document.querySelector('button.copy').click()")
@@ -123,10 +129,10 @@ def test_the_copy_button_falls_back_where_a_browser_keeps_the_clipboard_from_pag
 
 
 def test_without_the_script_the_page_still_says_everything_in_words(
-    browser: Browser, page: Path, tmp_path: Path
+    browser: Browser, small_page: Path, tmp_path: Path
 ) -> None:
     alone = tmp_path / "report.html"
-    alone.write_bytes(page.read_bytes())
+    alone.write_bytes(small_page.read_bytes())
     browser.open(alone)
     text = browser.run("document.body.innerText")
     assert "A starts at" in text
@@ -151,9 +157,9 @@ def test_hostile_names_run_nothing_load_nothing_and_do_not_disturb_the_figures(
     assert browser.run(OVERFLOW) == 0
 
 
-def test_in_print_the_figures_are_light_and_fit_the_paper(browser: Browser, page: Path) -> None:
+def test_in_print_the_figures_are_light_and_fit_the_paper(browser: Browser, small_page: Path) -> None:
     browser.show(dark=True)
-    browser.open(page)
+    browser.open(small_page)
     browser.run("window.dispatchEvent(new Event('beforeprint'))")
     widths = browser.run(
         "[...document.querySelectorAll('.plot svg.main-svg')].map(s => s.getBoundingClientRect().width)"

@@ -17,7 +17,7 @@ from test_report_figures import FIVE
 
 from poise.errors import InputError, StoreError
 from poise.report import rebuild, render, write_report
-from poise.report.page import Key, Page
+from poise.report.page import Mention, Page
 from poise.studies.summary import Recommendation
 
 ONE = (("cross_entropy", ("cross_entropy",)),)
@@ -149,12 +149,28 @@ def test_a_study_of_any_shape_gives_a_page(summary: object) -> None:
 
 def test_a_formula_named_in_a_sentence_gets_its_letter_and_a_longer_formula_is_not_taken_for_a_shorter_one() -> None:
     page = Page(make_summary())
-    parts = page.marked(
-        "cross_entropy + 3*early_learning is better than cross_entropy by 2 points, my_cross_entropy not."
-    )
-    assert [part.letter for part in parts if isinstance(part, Key)] == ["B", "A"]
-    assert "".join(part.text if isinstance(part, Key) else part for part in parts).startswith("cross_entropy + 3*early")
+    said = "cross_entropy + 3*early_learning is better than cross_entropy by 2 points, my_cross_entropy not."
+    parts = page.marked(said)
+    assert [part.key.letter for part in parts if isinstance(part, Mention)] == ["B", "A"]
+    assert "".join(part.key.text if isinstance(part, Mention) else part for part in parts) == said
     assert page.marked("cross_entropy + l2") == ["cross_entropy + l2"]
+
+
+def test_a_formula_is_written_out_once_in_a_sentence_and_then_named_by_its_letter() -> None:
+    parts = Page(make_summary()).marked("cross_entropy, again cross_entropy")
+    assert [part.first for part in parts if isinstance(part, Mention)] == [True, False]
+
+
+def test_runs_that_failed_in_the_same_way_are_named_together() -> None:
+    summary = make_summary(failed=True, tuned=True)
+    trial = dataclasses.replace(summary.failed[0], role="trial")
+    page = Page(
+        dataclasses.replace(
+            summary, failed=(*summary.failed, *(dataclasses.replace(trial, run=str(i)) for i in range(9)))
+        )
+    )
+    assert [(failure.role, len(failure.runs)) for failure in page.failures()] == [("final", 1), ("trial", 9)]
+    assert page.failed_text() == "10 runs"
 
 
 def test_the_lines_to_paste_are_the_lines_of_the_summary_and_run() -> None:
@@ -211,6 +227,12 @@ def test_a_disk_that_is_full_leaves_the_old_page_whole_and_no_scraps(
 def test_rebuilding_without_a_store_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no store"):
         rebuild(tmp_path)
+
+
+def test_importing_the_report_loads_neither_pytorch_nor_plotly_nor_jinja() -> None:
+    script = "import sys, poise.report; print([name for name in ('torch', 'plotly', 'jinja2', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_report_of_two_formulas_and_five_seeds_takes_less_than_two_seconds(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from poise.report.figures import Figure, Line, Point, Row
 
 if TYPE_CHECKING:
     from poise.studies.intervals import Estimate
-    from poise.studies.summary import Difference, Metric, Summary, TermEffect
+    from poise.studies.summary import Difference, FailedRun, Metric, Summary, TermEffect
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,29 @@ class Key:
     letter: str
     colour: str
     text: str
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A formula named in a sentence; only its first mention is written out."""
+
+    key: Key
+    first: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Runs of one formula that failed in the same way."""
+
+    key: Key
+    role: str
+    error: str
+    runs: tuple[FailedRun, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that are hit."""
+        return sorted({run.seed for run in self.runs})
 
 
 @dataclass(frozen=True)
@@ -191,16 +214,23 @@ class Page:
         """Return the key of a formula."""
         return self._key[index]
 
-    def marked(self, text: str) -> list[str | Key]:
+    def marked(self, text: str) -> list[str | Mention]:
         """Split a sentence at the formulas it names, so that they can be shown with letter and colour."""
         longest_first = sorted((key for key in self.keys if key.text), key=lambda key: -len(key.text))
         if not longest_first:
             return [text]
         by_text = {key.text: key for key in reversed(longest_first)}
         names = "|".join(re.escape(key.text) for key in longest_first)
+        parts: list[str | Mention] = []
+        met: set[str] = set()
         # A formula inside a longer word or sum is not that formula.
-        parts = re.split(rf"(?<![\w*])(?<![*+-] )({names})(?!\w| ?[*+-])", text)
-        return [by_text.get(part, part) if place % 2 else part for place, part in enumerate(parts) if part]
+        for place, part in enumerate(re.split(rf"(?<![\w*])(?<![*+-] )({names})(?!\w| ?[*+-])", text)):
+            if place % 2:
+                parts.append(Mention(by_text[part], part not in met))
+                met.add(part)
+            elif part:
+                parts.append(part)
+        return parts
 
     def _cell(self, estimate: Estimate, mean: str, interval: str, whisker: Whisker | None) -> Cell:
         return Cell(mean, interval, "" if interval else estimate.reason or "no interval", whisker)
@@ -558,6 +588,18 @@ class Page:
             }
             for row in sorted(self.summary.trials, key=order)
         ]
+
+    def failures(self) -> list[Failure]:
+        """Return the failed runs, those of one formula that failed in the same way together."""
+        groups: dict[tuple[int, str, str], list[FailedRun]] = {}
+        for run in self.summary.failed:
+            groups.setdefault((run.formula, run.role, run.error), []).append(run)
+        return [Failure(self.key(formula), role, error, tuple(runs)) for (formula, role, error), runs in groups.items()]
+
+    def failed_text(self) -> str:
+        """Say how many runs failed; trials of a search are named as such."""
+        noun = "trial" if all(run.role == "trial" for run in self.summary.failed) else "run"
+        return wording.count(len(self.summary.failed), noun)
 
     def seed_rows(self) -> list[dict[str, Any]]:
         """Return the primary metric of every run: one row a seed, one column a formula."""
