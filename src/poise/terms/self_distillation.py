@@ -320,7 +320,7 @@ class ProgressiveSelfDistillation(Term):
         if partner is not None and share is not None:
             s = share[:, None].to(past.dtype)
             past = s * past + (1 - s) * past[partner]
-        return -(_soften(target, past, alpha) * logits.log_softmax(-1)).sum(-1)
+        return _cross_entropy(logits, _soften(target, past, alpha))
 
     def count(self, target: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         return _count_positions(target, mask, sample_weight)
@@ -474,8 +474,9 @@ def _soften(target: Tensor, past: Tensor, alpha: float) -> Tensor:
     label = 1 - soft.sum(-1, keepdim=True)
     if target.is_floating_point():
         return label * target.detach() + soft
-    # an index of -100 marks padding: whatever stands there does not count
-    return soft.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), label)
+    if target.ndim > 1:
+        target = target.clamp(min=0)  # an index of -100 marks padding: whatever stands there does not count
+    return soft.scatter_add_(-1, target.unsqueeze(-1), label)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
