@@ -24,7 +24,7 @@ _HOME: dict[str, str] = {
     "Step": "problem",
     "Certificate": "problem",
     "fit": "training",
-    "Run": "training",
+    "Run": "run",
     "Stream": "streams",
     "PerExampleMemory": "memory",
     "FrozenModel": "frozen",
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from poise.problem import Problem as Problem
     from poise.problem import Step as Step
     from poise.quantities import Quantities as Quantities
+    from poise.run import Run as Run
     from poise.streams import Stream as Stream
     from poise.studies import Study as Study
     from poise.tasks import load_task as load_task
-    from poise.training import Run as Run
     from poise.training import fit as fit
     from poise.weights.auto import auto as auto
     from poise.weights.constraint import constraint as constraint

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,130 +29,15 @@ from poise import processes
 from poise.coefficient import Clock, Coefficient
 from poise.errors import CheckpointError, IncompatibleError, InputError, Interrupted, NonFiniteError
 from poise.objective import DataInfo, Objective, Summand, Term
-from poise.problem import ModelView, Problem, Step
-from poise.quantities import Quantities
+from poise.problem import Problem, Step
 from poise.readouts.supervised import Readout, readout_for
+from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
 from poise.solvers.torch_optimizers import as_solver
 from poise.streams import Stream
 
+__all__ = ["FitState", "History", "Run", "choose_device", "default_metrics", "fit", "predict"]
+
 Metrics = Callable[[Tensor, Tensor], Mapping[str, float]]
-
-
-class History(Mapping[str, list[float]]):
-    """Curves by name: `history["loss"]` are the values and `history.steps("loss")` the optimiser steps they belong to."""
-
-    def __init__(self) -> None:
-        self._curves: dict[str, tuple[list[int], list[float]]] = {}
-
-    def add(self, name: str, step: int, value: float) -> None:
-        """Append a point to a curve."""
-        steps, values = self._curves.setdefault(name, ([], []))
-        steps.append(step)
-        values.append(value)
-
-    def steps(self, name: str) -> list[int]:
-        """Return the steps of a curve."""
-        return self._curves[name][0]
-
-    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Return every curve as `(steps, values)`."""
-        return self._curves
-
-    def __getitem__(self, name: str) -> list[float]:
-        return self._curves[name][1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._curves)
-
-    def __len__(self) -> int:
-        return len(self._curves)
-
-
-@dataclass
-class Run:
-    """What `fit` returns.
-
-    Attributes:
-        model: the trained module (the best one by `monitor` where `restore_best` was asked for).
-        objective: with its memories and multipliers.
-        history: the curves.
-        steps: optimiser steps that were made, skipped ones included.
-        best: `(step, value)` of the monitored metric, or None.
-        stopped: why training ended, in words.
-        skipped: steps that were skipped as not finite.
-        seconds: time in the loop, of this process and of those it resumed from.
-        peak_memory: bytes: of the device on CUDA, else the largest growth of this process's memory seen at the log points.
-    """
-
-    model: nn.Module
-    objective: Objective
-    history: History
-    steps: int
-    best: tuple[int, float] | None
-    stopped: str
-    skipped: int
-    seconds: float
-    peak_memory: int
-    readout: Readout
-    device: torch.device
-
-    def predict(self, input: Tensor, batch_size: int = 1024) -> Tensor:
-        """Return the readout's output (logits or predictions) for all rows, in evaluation mode, on the CPU."""
-        return predict(self.model, input, self.readout, self.device, batch_size).cpu()
-
-
-@dataclass
-class FitState:
-    """What callbacks see; they may set `stop` to a reason."""
-
-    model: nn.Module
-    objective: Objective
-    history: History
-    step: int = 0
-    epoch: int = 0
-    steps: int = 0
-    steps_per_epoch: int | None = None
-    best: tuple[int, float] | None = None
-    latest: Step | None = None
-    stop: str | None = None
-    skipped: int = 0
-    seconds: float = 0.0
-    unimproved: int = 0
-    best_weights: dict[str, Tensor] | None = None
-
-
-@dataclass
-class _Window:
-    """What the steps since the last log point were worth, kept on the device."""
-
-    totals: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    terms: dict[str, list[Tensor]] = field(default_factory=dict)
-    weights: dict[str, float | Tensor] = field(default_factory=dict)
-    acted: dict[str, int] = field(default_factory=dict)
-
-    def add(self, step: Step) -> None:
-        if not step.skipped:
-            self.totals.append(step.value)
-        if step.gradient_norm is not None:
-            self.norms.append(step.gradient_norm)
-        for label, term in step.terms.items():
-            self.weights[label] = term.weight
-            self.acted[label] = self.acted.get(label, 0) + term.active
-            if term.active and not step.skipped:
-                self.terms.setdefault(label, []).append(term.value)
-
-    def write(self, history: History, step: int) -> None:
-        if self.totals:
-            history.add("loss", step, float(torch.stack(self.totals).mean()))
-        if self.norms:
-            history.add("gradient_norm", step, float(torch.stack(self.norms).mean()))
-        for label, values in self.terms.items():
-            history.add(f"term/{label}", step, float(processes.sum_across(torch.stack(values).mean())))
-        for label, weight in self.weights.items():
-            value = float(weight.mean()) if isinstance(weight, Tensor) else float(weight)
-            history.add(f"weight/{label}", step, value)
-            history.add(f"active/{label}", step, self.acted[label] / max(1, len(self.totals)))
 
 
 def fit(
@@ -217,7 +101,7 @@ def fit(
         metrics: `metrics(output, target)` on the whole of `valid`; by default accuracy and negative log-likelihood, or RMSE and MAE.
         validate_every: in steps; one epoch by default.
         monitor: metric that early stopping and the best model go by; "accuracy" or "rmse" by default. Falling is better for names that
-            contain "loss", "nll", "rmse", "mae", "error" or "ece".
+            contain loss, nll, rmse, mae, error or ece.
         patience: stop after so many validations without a better `monitor`.
         restore_best: return the model of the best validation.
         on_nonfinite: "stop" raises at once; "skip" leaves the step out and counts it.
@@ -276,7 +160,9 @@ class _Loop:
         self.model = model.to(self.device)
         self.objective = _as_objective(objective)
         if not self.objective.labels:
-            raise InputError("The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise.")
+            raise InputError(
+                "The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise."
+            )
         self.objective.check_weights()
         if self.objective.autos:
             next(iter(self.objective.autos.values())).value(Clock())
@@ -301,7 +187,7 @@ class _Loop:
         self.state = FitState(
             self.model, self.objective, History(), steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
-        self.window = _Window()
+        self.window = Window()
         self.rising = not any(word in self._monitor() for word in ("loss", "nll", "rmse", "mae", "error", "ece"))
         self.folder = None if options["checkpoint"] is None else Path(options["checkpoint"])
         self.interrupted = False
@@ -544,7 +430,7 @@ class _Loop:
             raise NonFiniteError(self._what_is_not_finite(self.problem))
         if not math.isfinite(self.window_gradient()) and self.options["on_nonfinite"] == "stop":
             raise NonFiniteError(self._what_is_not_finite(self.problem))
-        self.window = _Window()
+        self.window = Window()
         self.memory.look()
         self.track({name: curve[1][-1] for name, curve in state.history.curves().items()}, state.step)
         self.report(state)
@@ -625,7 +511,7 @@ class _Loop:
                 "solver": self.solver.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "history": {k: list(v) for k, v in state.history.curves().items()},
-                "window": _pack_window(self.window),
+                "window": self.window.state_dict(),
                 "fields": {
                     k: getattr(state, k) for k in ("step", "epoch", "best", "stop", "skipped", "seconds", "unimproved")
                 },
@@ -664,7 +550,7 @@ class _Loop:
             self.scheduler.load_state_dict(saved["scheduler"])
         state = self.state
         state.history._curves = {k: (list(v[0]), list(v[1])) for k, v in saved["history"].items()}
-        self.window = _unpack_window(saved["window"])
+        self.window = Window.from_state(saved["window"])
         for name, value in saved["fields"].items():
             setattr(state, name, value)
         state.best_weights = saved["best_weights"]
@@ -722,21 +608,6 @@ class _Loop:
             accelerator.end_training()
 
 
-def _pack_window(window: _Window) -> dict[str, Any]:
-    weights = {k: float(v.mean()) if isinstance(v, Tensor) else float(v) for k, v in window.weights.items()}
-    return {
-        "totals": window.totals,
-        "norms": window.norms,
-        "terms": window.terms,
-        "weights": weights,
-        "acted": window.acted,
-    }
-
-
-def _unpack_window(saved: dict[str, Any]) -> _Window:
-    return _Window(saved["totals"], saved["norms"], saved["terms"], saved["weights"], saved["acted"])
-
-
 def _restore_random(saved: dict[str, Any]) -> None:
     import numpy as np
 
@@ -773,69 +644,6 @@ def _as_batch(data: Any, device: torch.device) -> dict[str, Tensor] | None:
         )
     batches = [next(draw)[0] for _ in range(length)]
     return {name: torch.cat([b[name] for b in batches]) for name in ("input", "target")}
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """Return the device that a name means; "auto" takes CUDA, then MPS, then the CPU; several processes each take their own.
-
-    Raises:
-        InputError: PyTorch does not know the name, or the device is not there.
-    """
-    if str(device) == "auto":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            state: torch.device = PartialState().device
-            return state
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"There is no device {str(device)!r}; write auto, cpu, cuda, cuda:N or mps.") from None
-    missing = (chosen.type == "cuda" and not torch.cuda.is_available()) or (
-        chosen.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"The device {str(device)!r} is not on this machine.")
-    return chosen
-
-
-def predict(
-    model: nn.Module,
-    input: Tensor,
-    readout: Readout,
-    device: torch.device | None = None,
-    batch_size: int = 1024,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Tensor:
-    """Return the readout's output for all rows of `input` `[examples, ...]`, in evaluation mode, without gradients."""
-    model.eval()
-    view = ModelView(model, None, autocast)
-    plan = frozenset({readout.output})
-    with torch.no_grad():
-        parts = []
-        for start in range(0, len(input), batch_size):
-            rows = input[start : start + batch_size]
-            batch = Quantities({"input": rows if device is None else rows.to(device)})
-            parts.append(readout(view, batch, plan)[readout.output])
-        return torch.cat(parts)
-
-
-def default_metrics(output: Tensor, target: Tensor) -> dict[str, float]:
-    """Return accuracy and negative log-likelihood of logits, or RMSE and MAE of predictions."""
-    if output.ndim > 1 and not target.is_floating_point():
-        accuracy = (output.argmax(-1) == target).double().mean()
-        return {"accuracy": float(accuracy), "nll": float(nn.functional.cross_entropy(output.double(), target))}
-    if output.ndim > 1 and output.shape == target.shape and output.shape[-1] > 1:
-        accuracy = (output.argmax(-1) == target.argmax(-1)).double().mean()
-        return {
-            "accuracy": float(accuracy),
-            "nll": float(nn.functional.cross_entropy(output.double(), target.double())),
-        }
-    error = (output - target).double()
-    return {"rmse": float(error.square().mean().sqrt()), "mae": float(error.abs().mean())}
 
 
 @contextmanager
