@@ -119,6 +119,14 @@ class Browser:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    def wait(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true; a loaded machine may need its time."""
+        deadline = time.monotonic() + 30
+        while not self.run(condition):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"never became true: {condition}")
+            time.sleep(0.02)
+
     def show(
         self, width: int = 1280, height: int = 900, *, dark: bool = False, touch: bool = False, media: str = ""
     ) -> None:

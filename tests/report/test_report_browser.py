@@ -68,8 +68,7 @@ def test_every_figure_is_drawn(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.run(DRAWN) == browser.run(VISIBLE) > 15
     browser.run("document.querySelectorAll('details').forEach(box => { box.open = true })")
-    browser.run("new Promise(done => setTimeout(done, 300))")
-    assert browser.run(DRAWN) == browser.run("document.querySelectorAll('.plot').length")
+    browser.wait(f"{DRAWN} === document.querySelectorAll('.plot').length")
     assert browser.problems == []
 
 
@@ -79,7 +78,7 @@ def test_the_page_never_scrolls_sideways(browser: Browser, page: Path, width: in
     browser.open(page)
     assert browser.run(OVERFLOW) == 0
     browser.run("document.querySelectorAll('details').forEach(box => { box.open = true })")
-    browser.run("new Promise(done => setTimeout(done, 300))")
+    browser.wait(f"{DRAWN} === document.querySelectorAll('.plot').length")
     assert browser.run(OVERFLOW) == 0
 
 
@@ -88,7 +87,7 @@ def test_a_change_of_theme_recolours_page_and_figures_at_once(browser: Browser, 
     look = "[getComputedStyle(document.body).backgroundColor, document.querySelector('.plot .xtick text').style.fill, document.querySelector('.plot .js-line').style.stroke]"  # noqa: E501
     light = browser.run(look)
     browser.show(dark=True)
-    browser.run("new Promise(done => setTimeout(done, 500))")
+    browser.wait(f"{look}[1] !== {light[1]!r}")
     dark = browser.run(look)
     assert all(a != b for a, b in zip(light, dark, strict=True))
 
@@ -108,12 +107,10 @@ def test_a_legend_button_works_by_keyboard_and_hides_its_formula_only(browser: B
 
 def test_the_copy_button_puts_exactly_the_lines_into_the_clipboard(browser: Browser, small_page: Path) -> None:
     browser.open(small_page)
-    browser.run("window.got = null; document.addEventListener('copy', () => { window.got = String(getSelection()) })")
     browser.run("navigator.clipboard.writeText = async text => { window.got = text }")
     browser.run("document.querySelector('button.copy').click()")
-    browser.run("new Promise(done => setTimeout(done, 200))")
-    assert browser.run("window.got") == PYTHON.rstrip("\n") or browser.run("window.got") == PYTHON
-    assert browser.run("document.querySelector('button.copy').textContent") == "Copied"
+    browser.wait("document.querySelector('button.copy').textContent === 'Copied'")
+    assert browser.run("window.got") == PYTHON
     assert "clipboard" in browser.run("document.getElementById('copied').textContent")
 
 
@@ -124,7 +121,7 @@ def test_the_copy_button_falls_back_where_a_browser_keeps_the_clipboard_from_pag
     browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('not here'))")
     browser.run("document.addEventListener('copy', () => { window.got = String(getSelection()) })")
     browser.run("document.querySelector('button.copy').click()")
-    browser.run("new Promise(done => setTimeout(done, 200))")
+    browser.wait("window.got")
     assert browser.run("window.got").strip() == PYTHON.strip()
 
 
