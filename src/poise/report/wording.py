@@ -103,12 +103,3 @@ def rounded(number: float | None) -> str:
         if abs(number) < 1000
         else f"{number:,.0f}"
     )
-
-
-def listing(items: list[str]) -> str:
-    """Join with commas and a final `and`.
-
-    >>> listing(["A", "B", "C"])
-    'A, B and C'
-    """
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
