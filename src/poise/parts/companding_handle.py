@@ -61,6 +61,7 @@ class Companding:
         StateError: the model holds none.
 
     Example:
+        >>> from poise.parts import compand
         >>> handle = compand(nn.Linear(4, 3))
         >>> sorted(handle.stats()["weight"])[:3]
         ['a', 'b', 'clipped_share']
@@ -258,6 +259,7 @@ def companding_of(model: nn.Module) -> Companding:
         StateError: nothing in the model is companded.
 
     Example:
+        >>> from poise.parts import compand
         >>> model = nn.Linear(4, 3); _ = compand(model)
         >>> companding_of(copy.deepcopy(model)).fold()
         Linear(in_features=4, out_features=3, bias=True)
@@ -269,6 +271,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
     """A plain copy of the model with every companded weight folded; the model itself stays companded. A plain model is only copied.
 
     Example:
+        >>> from poise.parts import compand
         >>> model = nn.Linear(4, 3); _ = compand(model)
         >>> sorted(folded_copy(model).state_dict())
         ['bias', 'weight']

@@ -96,7 +96,7 @@ class ClampWeights(_Projection):
 
     Example:
         >>> layer = nn.Linear(4, 3)
-        >>> ClampWeights(layer, 0.1)(); float(layer.weight.abs().max()) <= 0.1
+        >>> ClampWeights(layer, 0.125)(); bool((layer.weight.abs() <= 0.125).all())
         True
     """
 
