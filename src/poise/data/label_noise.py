@@ -92,7 +92,7 @@ def flip_labels(
     Raises:
         InputError: a label, rate, kind or class map that does not fit.
 
-        >>> noisy = flip_labels(torch.arange(10) % 5, rate=0.4, kind="pair")
+        >>> noisy = flip_labels(torch.arange(50) % 5, rate=0.4, kind="pair")
         >>> noisy.rate
         0.4
 

@@ -55,9 +55,7 @@ def read_image_folder(path: str | os.PathLike[str]) -> ImageFolder:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     classes = tuple(sorted({name for _, name in files}))
     number = {name: place for place, name in enumerate(classes)}
-    return ImageFolder(
-        torch.from_numpy(images), torch.tensor([number[name] for _, name in files]), classes, digest.hexdigest()
-    )
+    return ImageFolder(images, torch.tensor([number[name] for _, name in files]), classes, digest.hexdigest())
 
 
 def read_images(path: str | os.PathLike[str], *, grey: bool) -> Tensor:
