@@ -356,6 +356,16 @@ def test_refined_labels_shift_to_the_class_that_the_target_believes_and_one_hot_
     )
 
 
+def test_derivatives_by_transforms_leave_nothing_behind() -> None:
+    term, logits, index = bound(), random_logits(3), torch.arange(3)
+    expected = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(term(expected, index).values.sum(), expected)
+    by_transform = torch.func.grad(lambda z: term(z, index).values.sum())(logits)
+    torch.testing.assert_close(by_transform, gradient, **EXACT)
+    visit(term, logits, index)
+    torch.testing.assert_close(term.targets(torch.arange(3)), 0.3 * torch.softmax(logits, 1), **EXACT)
+
+
 def test_a_padding_duplicate_is_not_a_visit() -> None:
     padded, plain, logits = bound(), bound(), random_logits(4)
     visit(plain, logits[:3], torch.tensor([0, 1, 2]))

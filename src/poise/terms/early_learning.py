@@ -41,8 +41,9 @@ class _LookAhead:
         self._marks: list[tuple[object, ...]] | None = None
 
     def keep(self, target: Tensor, tensors: list[Tensor]) -> None:
-        self._target, self._marks = target, _marks(tensors)
-        self._held = [x.detach() for x in tensors] if self._marks is not None else []
+        marks = _marks(tensors)
+        if marks is not None:
+            self._target, self._marks, self._held = target, marks, [x.detach() for x in tensors]
 
     def take(self, tensors: list[Tensor]) -> Tensor | None:
         """Return the target that was worked out from exactly these tensors, or None; it is given once."""
