@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from poise.studies.engine import RunEvent
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 
 # What a term adds to the accuracy, so that a study has something to find.
@@ -139,6 +140,41 @@ def environment(spec: RunSpec, *, folder: Path | None = None, report: Any = None
     record = make_record(spec)
     record.machine = {"threads": os.environ["OMP_NUM_THREADS"], "main": str(int("torch" in __import__("sys").modules))}
     return record
+
+
+class SerialEngine:
+    """The engine contract in this process: the least that a cluster engine has to offer."""
+
+    slots = 1
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._queue: list[RunSpec] = []
+        self._cancelled: list[str] = []
+
+    def submit(self, specs: Any) -> None:
+        self._queue.extend(specs)
+
+    def events(self) -> Any:
+        while self._queue or self._cancelled:
+            if self._cancelled:
+                yield RunEvent(self._cancelled.pop(0), "cancelled")
+                continue
+            spec = self._queue.pop(0)
+            yield RunEvent(spec.id, "finished", 1.0, self._executor(spec))
+
+    def cancel(self, ids: Any = None) -> None:
+        self._cancelled += [spec.id for spec in self._queue if ids is None or spec.id in ids]
+        self._queue = [spec for spec in self._queue if ids is not None and spec.id not in ids]
+
+    def close(self) -> None:
+        self._queue.clear()
+
+    def __enter__(self) -> SerialEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def task(**changes: Any) -> Any:

@@ -10,7 +10,7 @@ from studies_fakes import make_record, task
 from poise.studies import Study, summarize
 from poise.studies.findings import _curve
 from poise.studies.intervals import Estimate
-from poise.studies.recommendation import difference_sentence
+from poise.studies.recommendation import difference_sentence, term_sentence
 from poise.studies.spec import failed_record
 from poise.studies.study import _describe
 from poise.studies.summary import Metric
@@ -125,8 +125,19 @@ def test_less_is_better_where_the_metric_says_so(fake_task, monkeypatch, tmp_pat
     (difference,) = summary.differences
     assert difference.verdict == "better"
     assert difference.sentence.startswith(
-        "huber is better than squared_error by 4.95 root mean squared error (95 % interval 4.826 to 5.074"
+        "huber is better than squared_error by 4.95 in root mean squared error (95 % interval 4.826 to 5.074"
     )
+
+
+def test_what_a_term_bought_is_said_in_words_that_fit_the_metric():
+    accuracy = Metric("accuracy", "accuracy", "max", percent=True)
+    error = Metric("ece", "calibration error", "min", percent=True)
+    gain, loss = Estimate(0.1, 0.05, 0.15, 0.02, 5), Estimate(-0.1, -0.15, -0.05, 0.02, 5)
+    interval = "(95 % interval 5.0 to 15.0, 5 seeds)."
+    assert term_sentence(accuracy, "l2", gain, "better") == f"l2 bought 10.0 points accuracy {interval}"
+    assert term_sentence(accuracy, "l2", loss, "worse") == f"l2 cost 10.0 points accuracy {interval}"
+    assert term_sentence(error, "l2", loss, "better") == f"l2 lowered calibration error by 10.0 points {interval}"
+    assert term_sentence(error, "l2", gain, "worse") == f"l2 raised calibration error by 10.0 points {interval}"
 
 
 def test_two_equal_formulas_have_a_difference_of_zero_and_no_winner():

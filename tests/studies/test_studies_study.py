@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ from studies_fakes import GAINS, make_record, task
 
 import poise
 from poise.errors import FormulaError, InputError, StoreError
-from poise.studies import Store, Study
+from poise.studies import Store, Study, summarize
 from poise.studies.lock import FolderLock
+from poise.studies.study import _describe
 
 AUTO = "cross_entropy + auto*l2"
 
@@ -289,17 +289,12 @@ def test_objectives_and_one_formula_are_accepted(fake_task, tmp_path):
     assert Study("digits", "l2", seeds=[7], out=tmp_path).config.seeds == (7,)
 
 
-def test_the_plan_of_ten_thousand_runs_is_replayed_and_summarised_in_two_seconds(fake_study):
-    study, _ = fake_study(seeds=3333, leave_one_out=True)
+def test_ten_thousand_runs_are_replayed_and_summarised(fake_study):
+    # How long it takes is a benchmark, bench_studies.
+    study, _ = fake_study(seeds=3333)
     plan = study.plan()
     records = [make_record(spec, points=2) for spec in plan.wanted()]
     assert len(records) == 9999
-    from poise.studies.findings import summarize
-    from poise.studies.study import _describe
-
-    began = time.process_time()
     plan.feed(records)
     summary = summarize(plan, _describe(study.task))
-    # Processor time, so that other work on the machine does not count.
-    assert time.process_time() - began < 2.0
-    assert summary.runs_done == 9999
+    assert (summary.runs_done, summary.formulas[1].metrics["accuracy"].n) == (9999, 3333)

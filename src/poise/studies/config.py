@@ -44,9 +44,13 @@ class DataConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """How every run is trained. None means: chosen for the data when the study begins, and then written down."""
+    """How every run is trained. None means: chosen for the data when the study begins, and then written down.
+
+    `model_code` is written by the study where the model is the user's own: the hash of the factory's source file.
+    """
 
     model: str = "auto"
+    model_code: str = ""
     solver: str | None = None
     solver_options: dict[str, bool | int | float | str | list[float]] | None = None
     lr: float | None = Field(default=None, gt=0)

@@ -13,7 +13,10 @@ memorise wrong labels and large ones end in reasonable time:
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError
@@ -58,7 +61,8 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / math.ceil(train / batch_size))))
     return given.model_copy(
         update={
-            "model": given.model,
+            "model": resolve_model(given.model, task),
+            "model_code": model_code(given),
             "solver": solver,
             "solver_options": options if given.solver_options is None else given.solver_options,
             "lr": lr if given.lr is None else given.lr,
@@ -67,6 +71,34 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
             "device": resolve_device(given.device),
         }
     )
+
+
+def resolve_model(model: str, task: Task) -> str:
+    """Return the model that `auto` stands for: `cnn` for images, else `mlp`; as `Task.model` chooses."""
+    if model != "auto":
+        return model
+    return "cnn" if len(task.input_shape) == 3 else "mlp"
+
+
+def model_code(given: TrainingConfig) -> str:
+    """Return the sha256 of the source file of the user's own model, so that a changed model is another run.
+
+    Raises:
+        InputError: the factory cannot be imported, or its source is no longer the one that `study.toml` was written for.
+    """
+    if ":" not in given.model:
+        return ""
+    from poise.tasks import load_factory
+
+    load_factory(given.model)
+    file = getattr(sys.modules[given.model.partition(":")[0]], "__file__", None)
+    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    if given.model_code not in ("", code):
+        raise InputError(
+            f"The source of the model {given.model} has changed since study.toml was written. Restore it, or delete the "
+            "line 'model_code' to study the new one."
+        )
+    return code
 
 
 def resolve_device(device: str) -> str:

@@ -23,10 +23,10 @@ import torch
 from poise._version import __version__
 from poise.coefficient import Coefficient
 from poise.errors import CheckpointError, InputError, NonFiniteError, PoiseError, PoiseWarning
-from poise.training import FitState, Run, fit
 from poise.formula import parse
 from poise.solvers.torch_optimizers import TorchOptimizer
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
+from poise.training import FitState, Run, fit
 
 if TYPE_CHECKING:
     from poise.tasks import Split, Task
@@ -52,7 +52,8 @@ def execute(spec: RunSpec, *, folder: Path | None = None, report: Callable[[floa
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        record = _run(spec, folder, report)
+        with _threads(spec.threads):
+            record = _run(spec, folder, report)
     except Exception as error:
         record = failed_record(spec, explain(error, spec), traceback.format_exc())
     record.started = started
@@ -67,7 +68,7 @@ def rehearse(spec: RunSpec) -> None:
     Raises:
         PoiseError: formula, model, data and solver do not fit together.
     """
-    with contextlib.suppress(NonFiniteError):
+    with contextlib.suppress(NonFiniteError), _threads(spec.threads):
         task, split = _data(spec.data, spec.seed)
         few = replace(split, train=_few(split.train, spec.batch_size), valid=_few(split.valid, 64))
         train(replace(spec, epochs=None, steps=1), task, few)
@@ -230,6 +231,20 @@ def _is_memory(error: Exception) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     return isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in words)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Hold PyTorch to a number of threads, which belongs to a run's identity, whoever calls."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

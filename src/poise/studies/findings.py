@@ -32,6 +32,9 @@ from poise.studies.summary import (
 # Beyond this many seeds a curve keeps its mean and band only; nobody reads a hundred lines in one figure.
 _SEEDS_DRAWN = 20
 
+# Remarks about splits differ from seed to seed by a number; a few of them say it.
+_REMARKS_SHOWN = 5
+
 # Title, better direction, written in percent.
 _METRICS: dict[str, tuple[str, Literal["max", "min"], bool]] = {
     "accuracy": ("accuracy", "max", True),
@@ -366,6 +369,18 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _what_intervals_mean(plan: Plan) -> str:
+    if plan.config.data.time is not None:
+        return (
+            "The split follows time and is the same for every seed, so an interval describes the starts of the models and "
+            "the orders of the batches, not new data."
+        )
+    return (
+        "Each seed draws the split anew from the same data, so an interval describes this data set. The wider corrected "
+        "resampled interval (Nadeau and Bengio, 2003) allows for the overlap of the training sets."
+    )
+
+
 def _warnings(plan: Plan, done: list[RunRecord]) -> tuple[str, ...]:
     warnings = []
     if len(plan.config.seeds) == 1:
@@ -379,6 +394,8 @@ def _warnings(plan: Plan, done: list[RunRecord]) -> tuple[str, ...]:
         for track in plan.tracks
         if track.failure
     ]
+    remarks = [remark for record in done for remark in record.warnings]
+    warnings += list(dict.fromkeys(remarks))[:_REMARKS_SHOWN]
     if plan.done < plan.planned:
         warnings.append(
             f"The study is not complete: {plan.done} of {plan.planned} runs. Call it again and it continues."

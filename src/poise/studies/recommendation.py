@@ -7,6 +7,7 @@ Holm-adjusted p-value agrees. Where nothing can be told apart, the simpler formu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from poise.studies.intervals import Estimate
@@ -52,6 +53,10 @@ def term_sentence(metric: Metric, label: str, estimate: Estimate, verdict: Verdi
             f"{label}: no effect can be told apart from zero: {_signed(metric, estimate)} "
             f"({_interval(metric, estimate, signed=True)})."
         )
+    if metric.direction == "min":
+        size, change = _size(estimate), "lowered" if verdict == "better" else "raised"
+        points = " points" if metric.percent else ""
+        return f"{label} {change} {metric.title} by {_number(metric, size.mean)}{points} ({_interval(metric, size)})."
     return f"{label} {'bought' if verdict == 'better' else 'cost'} {_amount(metric, estimate)}."
 
 
@@ -140,11 +145,15 @@ def _level(metric: Metric, formula: FormulaSummary) -> str:
 
 def _amount(metric: Metric, estimate: Estimate) -> str:
     """Write the size of a decided difference: positive, whichever way it points."""
-    if estimate.mean < 0 and estimate.lower is not None and estimate.upper is not None:
-        estimate = Estimate(
-            -estimate.mean, -estimate.upper, -estimate.lower, estimate.sd, estimate.n, level=estimate.level
-        )
+    estimate = _size(estimate)
     return f"{_number(metric, estimate.mean)}{_unit(metric)} ({_interval(metric, estimate)})"
+
+
+def _size(estimate: Estimate) -> Estimate:
+    """Turn an estimate so that its mean is not negative."""
+    if estimate.mean >= 0 or estimate.lower is None or estimate.upper is None:
+        return estimate
+    return replace(estimate, mean=-estimate.mean, lower=-estimate.upper, upper=-estimate.lower)
 
 
 def _signed(metric: Metric, estimate: Estimate) -> str:
@@ -152,7 +161,9 @@ def _signed(metric: Metric, estimate: Estimate) -> str:
 
 
 def _unit(metric: Metric) -> str:
-    return f" points {metric.title}" if metric.percent else f" {metric.title}"
+    points = " points" if metric.percent else ""
+    # "12.1 points accuracy" is something gained; of a loss one says how much there is more or less in it.
+    return f"{points} {metric.title}" if metric.direction == "max" else f"{points} in {metric.title}"
 
 
 def _interval(metric: Metric, estimate: Estimate, *, signed: bool = False) -> str:
@@ -191,7 +202,7 @@ def python_lines(formula: FormulaSummary, plan: Plan, task: TaskSummary) -> str:
         "    split.train,",
         "    split.valid,",
         "    readout=task.readout(),",
-        "    metrics=task.metrics,",
+        "    metrics=split.metrics,",
         *(f"    {line}" for line in _solver_lines(training, result.lr, found)),
         f"    epochs={training.epochs}," if training.epochs else f"    steps={training.steps},",
         f"    batch_size={training.batch_size},",
@@ -201,7 +212,7 @@ def python_lines(formula: FormulaSummary, plan: Plan, task: TaskSummary) -> str:
         *(["    deterministic=True,"] if training.deterministic else []),
         *([f"    monitor={task.primary!r},", "    restore_best=True,"] if training.select == "best" else []),
         ")",
-        'print(task.metrics(run.predict(split.test["input"]), split.test["target"]))',
+        'print(split.metrics(run.predict(split.test["input"]), split.test["target"]))',
     ]
     return "\n".join(lines) + "\n"
 

@@ -156,7 +156,7 @@ class RunRecord:
         error: one sentence for people, empty when done; `detail`: the full traceback.
         metrics: `test/accuracy`, `valid/accuracy`, ... at the end of the run.
         curves: recorded quantities by name, each with its own list of steps.
-        sizes: number of examples per split.
+        sizes: number of examples per split; `warnings`: what looks wrong in this seed's split.
         seconds: wall time of training; `peak_memory_bytes`: highest memory; `steps`: optimiser steps taken.
         versions, machine: what it ran on.
         started: UTC time, ISO 8601.
@@ -174,6 +174,7 @@ class RunRecord:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     steps: int = 0
+    warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
     started: str = ""

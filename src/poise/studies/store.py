@@ -158,6 +158,7 @@ class Store:
         """
         context = {
             "sizes": record.sizes,
+            "warnings": record.warnings,
             "versions": record.versions,
             "machine": record.machine,
             "attempts": record.attempts,

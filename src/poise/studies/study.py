@@ -10,8 +10,6 @@ Call it again on the same folder and it continues: a run is known by its content
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import math
 import os
 import shutil
@@ -522,7 +520,7 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
         formula="",
         seed=0,
         model=training.model,
-        model_code=_model_code(training.model),
+        model_code=training.model_code,
         solver=training.solver,
         solver_options=dict(training.solver_options or {}),
         lr=training.lr,
@@ -536,18 +534,6 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
         select=training.select,
         deterministic=training.deterministic,
     )
-
-
-def _model_code(model: str) -> str:
-    """Return the hash of a factory's source file, so that a changed model is another run."""
-    module = model.partition(":")[0]
-    if ":" not in model:
-        return ""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        found = importlib.util.find_spec(module)
-        if found is not None and found.origin is not None:
-            return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
-    return ""
 
 
 def _describe(task: Task) -> TaskSummary:
@@ -581,15 +567,17 @@ def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
 
 
 def _absolute(location: str | None) -> str | None:
-    """Return the absolute path of an existing file or folder; a task's name stays as it is."""
-    if location is None or not Path(location).exists():
-        return location
-    return str(Path(location).resolve())
+    """Return the absolute path of a file or folder; an embedded task's name stays as it is."""
+    from poise.tasks import EMBEDDED
+
+    return location if location is None or location in EMBEDDED else str(Path(location).resolve())
 
 
 def _beside(file: Path, location: str | None) -> str | None:
     """Return a path that the file names relative to itself, where it exists there and not from here."""
-    if location is None or Path(location).exists():
+    from poise.tasks import EMBEDDED
+
+    if location is None or location in EMBEDDED or Path(location).exists():
         return location
     beside = file.parent / Path(location).name
     relative = file.parent / location
