@@ -333,7 +333,6 @@ class ProgressiveSelfDistillation(Term):
         model: Any = None,
         step: int = 0,
         steps_per_epoch: int = 0,
-        sample_weight: Tensor | None = None,
     ) -> None:
         if self.memory is None:
             if (step + 1) % steps_per_epoch == 0:
@@ -343,11 +342,7 @@ class ProgressiveSelfDistillation(Term):
             self._later_epochs = True
             if int(self.covered) < 0:
                 self.covered.copy_((self.memory.visits > 0).sum())
-        rows, index = self._rows(logits), _require("index", index)
-        if sample_weight is not None:
-            # a padding duplicate is no visit
-            rows, index = rows[sample_weight > 0], index[sample_weight > 0]
-        self.memory.write(index, rows)
+        self.memory.write(_require("index", index), self._rows(logits))
 
     def end_epoch(self, model: nn.Module) -> None:
         """Keep the model as it is now as the teacher of the next epoch (`teacher="snapshot"`).
