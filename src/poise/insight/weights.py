@@ -83,7 +83,7 @@ def weight_report(model: nn.Module, threshold: float = 0.01) -> dict[str, Weight
     companders = {entry.name: (entry.compander, entry.free) for entry in entries_of(model)}
     plain = folded_copy(model)
     return {
-        name: _describe(weight.detach().double().flatten(), threshold, *companders.get(name, (None, None)))
+        name: _describe(weight.detach().cpu().double().flatten(), threshold, *companders.get(name, (None, None)))
         for name, weight in _weights(plain)
     }
 

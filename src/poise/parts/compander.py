@@ -156,7 +156,7 @@ class Compander(nn.Module):
         self._adopt = False
         self._reported = False
         self._scope: ForwardScope | None = None
-        self._read: tuple[Tensor, Tensor, tuple[int, int], tuple[float, float]] | None = None
+        self._read: tuple[Tensor, Tensor, int, tuple[float, float]] | None = None
         self._held: tuple[Tensor, int, Tensor, bool, Tensor] | None = None
 
     # -- the curve -----------------------------------------------------------------------------------------------------------------
@@ -216,15 +216,13 @@ class Compander(nn.Module):
 
     def _constants(self) -> tuple[float, float]:
         """Fixed `log a` and `log b` as numbers, read from the device once."""
+        log_a, log_b = self._buffers["log_a"], self._buffers["log_b"]
+        assert log_a is not None
+        assert log_b is not None
         read = self._read
-        if (
-            read is None
-            or read[0] is not self.log_a
-            or read[1] is not self.log_b
-            or read[2] != (self.log_a._version, self.log_b._version)
-        ):
-            versions = (self.log_a._version, self.log_b._version)
-            self._read = read = (self.log_a, self.log_b, versions, (float(self.log_a), float(self.log_b)))
+        if read is None or read[0] is not log_a or read[1] is not log_b or read[2] != log_a._version + log_b._version:
+            read = (log_a, log_b, log_a._version + log_b._version, (float(log_a), float(log_b)))
+            self._read = read
         return read[3]
 
     def inverse(self, w: Tensor) -> Tensor:
