@@ -132,7 +132,7 @@ def command(body: Callable[P, int]) -> Callable[P, None]:
         try:
             code = body(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            _terminal().error(f"stopped. {interrupt}".strip())
+            _terminal().error(f"stopped. {str(interrupt) or 'Nothing was written; run the same command again.'}")
             code = INTERRUPTED
         except Exception as error:
             if kwargs.get("debug"):
@@ -260,6 +260,8 @@ def compare(
     """
     from poise.studies import Study
 
+    if engine != "local":
+        raise InputError(f"--engine {engine}: this version has the engine local, worker processes on this machine.")
     if study is not None:
         _refuse_beside_study(context)
         prepared = Study.from_toml(study, out)
@@ -467,7 +469,14 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
         terminal.say(line)
     checkpoints = None if save is None else save / "checkpoints" / spec.id
     with Journal(log) as journal, terminal.progress(formula) as progress:
-        run = train(spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""))
+        try:
+            run = train(spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Nothing was kept; with --save DIR a stopped run goes on where it was."
+                if save is None
+                else "Run the same command again to go on where it was."
+            ) from None
         journal.write(f"trained {run.steps} steps in {run.seconds:.1f} s: {run.stopped}")
     metrics = split.metrics(run.predict(split.test["input"]), split.test["target"])
     terminal.print(*fit_results(formula, task, run.seconds, metrics))

@@ -160,22 +160,27 @@ def _study_table(now: StudyProgress) -> RenderableType:
 
 
 class _Lines:
-    """Progress as lines of text: one whenever another tenth is done, with the time left estimated from the past."""
+    """Progress as lines of text: one whenever another tenth is done, with the time left."""
 
     def __init__(self, terminal: Terminal, title: str) -> None:
         self._terminal = terminal
         self._title = title
-        self._started = time.perf_counter()
+        self._first: tuple[float, float] | None = None
         self._tenths = -1
 
     def __call__(self, fraction: float, text: str) -> None:
+        now = time.perf_counter()
+        # The clock starts at the first report: what came before it is preparation, which does not repeat.
+        self._first = self._first or (now, fraction)
         tenths = int(10 * fraction)
         if tenths == self._tenths:
             return
         self._tenths = tenths
-        spent = time.perf_counter() - self._started
-        left = f", about {spent * (1 - fraction) / fraction:.0f} s left" if 0 < fraction < 1 else ""
-        self._terminal.say(f"{self._title}: {100 * fraction:.0f} % {text}{left}")
+        began, share = self._first
+        left = ""
+        if share < fraction < 1:
+            left = f", about {(now - began) * (1 - fraction) / (fraction - share):.0f} s left"
+        self._terminal.say(f"{self._title}: {100 * fraction:.0f} %{text and f' {text}'}{left}")
 
 
 def _console(stream: IO[str]) -> Console:
