@@ -187,3 +187,16 @@ def test_equal_rows_have_equal_hashes_across_files(tmp_path: Path) -> None:
     assert first[2] == second[0]
     assert first[1] not in second
     assert len(set(first.tolist())) == 3
+
+
+def test_a_file_beyond_the_free_memory_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    import psutil
+
+    path = write(tmp_path / "t.csv", "a,b\n" + "1,2\n" * 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(InputError, match="GiB of memory"):
+        read_delimited(path)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, nearest
+from poise.tasks.memory import check_memory
 from poise.tasks.table import Categories, Column, Table, spread_fits_float32, whole_numbers_fit_float32
 
 INPUT_KEYS = ("input", "inputs", "x", "X", "x_train", "X_train", "data", "images", "features")
@@ -27,7 +28,10 @@ TARGET_KEYS = ("target", "targets", "y", "y_train", "label", "labels")
 class ArrayPair:
     """Inputs of any shape beside one target a row.
 
-    inputs: float32 [rows, ...]. target: the target's column. notes: what was decided.
+    Attributes:
+        inputs: float32 `[rows, ...]`.
+        target: the target's column.
+        notes: what was decided, in words.
     """
 
     inputs: Tensor
@@ -38,9 +42,12 @@ class ArrayPair:
 def read_npy(path: str | os.PathLike[str]) -> Table:
     """Read an NPY file with a matrix [rows, columns] into a `Table` with columns named "0", "1", ...
 
-    A structured array gives its field names. Raises InputError for pickled objects, other shapes, truncated files and absurd sizes.
+    Args:
+        path: an NPY file; a structured array gives its field names.
+    Raises:
+        InputError: pickled objects, other shapes, a truncated file, an absurd size.
 
-    >>> table = read_npy("data.npy")  # doctest: +SKIP
+        >>> table = read_npy("data.npy")  # doctest: +SKIP
     """
     path = Path(path)
     if not path.stat().st_size:
@@ -62,13 +69,16 @@ def read_npy(path: str | os.PathLike[str]) -> Table:
 def read_npz(path: str | os.PathLike[str], label: str | None = None) -> Table | ArrayPair:
     """Read an NPZ file with inputs [rows, ...] and a target [rows].
 
-    label: the name of the target's array; None looks for one of `target, y, label, labels`. The inputs are the array
-    named `input, x, data, ...`, or the only other one.
-    Returns a `Table` with columns x0, x1, ... and the target as the last column for inputs [rows, columns], an
-    `ArrayPair` for inputs of three or more dimensions.
-    Raises InputError for missing or unequal arrays, pickled objects, truncated files and absurd sizes.
+    Args:
+        path: an NPZ file; the inputs are the array named `input, x, data, ...`, or the only one beside the target.
+        label: the name of the target's array; None looks for one of `target, y, label, labels`.
+    Returns:
+        A `Table` with columns x0, x1, ... and the target as the last column for inputs `[rows, columns]`, an
+        `ArrayPair` for inputs of three or more dimensions.
+    Raises:
+        InputError: missing or unequal arrays, pickled objects, a truncated file, an absurd size.
 
-    >>> pair = read_npz("digits.npz", label="y")  # doctest: +SKIP
+        >>> pair = read_npz("digits.npz", label="y")  # doctest: +SKIP
     """
     path = Path(path)
     arrays = _load_archive(path)
@@ -102,7 +112,10 @@ def read_npz(path: str | os.PathLike[str], label: str | None = None) -> Table | 
 def read_npz_inputs(path: str | os.PathLike[str]) -> Table | Tensor:
     """Read the inputs of an NPZ file alone: a `Table` with columns x0, x1, ... for a matrix, float32 `[rows, ...]` otherwise.
 
-    Raises InputError as `read_npz`.
+    Args:
+        path: an NPZ file; a target may be absent.
+    Raises:
+        InputError: as `read_npz`.
     """
     path = Path(path)
     arrays = _load_archive(path)
@@ -111,18 +124,6 @@ def read_npz_inputs(path: str | os.PathLike[str]) -> Table | Tensor:
     if inputs.ndim == 2:
         return Table(*_columns({f"x{place}": inputs[:, place] for place in range(inputs.shape[1])}))
     return _image_tensor(path, key, inputs, [])
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Raise InputError where `needed` bytes do not fit the free memory."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise InputError(
-            f"{what} would need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. Give a "
-            "smaller file or fewer columns."
-        )
 
 
 def _check_npy_header(path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError
+from poise.tasks.memory import check_memory
 from poise.tasks.table import Table, TableBuilder, spread_fits_float32
 
 MISSING_WORDS = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "<NA>", "?")
@@ -52,12 +53,16 @@ class _Quoted(Exception):
 def read_delimited(path: str | os.PathLike[str], *, threads: int | None = None) -> Table:
     """Read a comma-, semicolon- or tab-separated text file with a header line into a `Table`.
 
-    path: a UTF-8 text file. threads: parsing threads; None takes the machine's cores, at most 8.
-    Returns the table; its notes say which delimiter was found and which columns changed their type on the way.
-    Raises InputError for an empty, truncated, non-UTF-8 or binary file, for duplicate column names and for a missing header.
+    Args:
+        path: a UTF-8 text file.
+        threads: parsing threads; None takes the machine's cores, at most 8.
+    Returns:
+        The table; its notes say which delimiter was found and which columns changed their type on the way.
+    Raises:
+        InputError: an empty, truncated, non-UTF-8 or binary file, duplicate column names, a missing header.
 
-    >>> table = read_delimited("wine.csv")  # doctest: +SKIP
-    >>> table["alcohol"]                    # doctest: +SKIP
+        >>> table = read_delimited("wine.csv")  # doctest: +SKIP
+        >>> table["alcohol"]                    # doctest: +SKIP
     """
     path = Path(path)
     head = _head(path)
@@ -277,7 +282,9 @@ def _read(path: Path, dialect: _Dialect, kinds: dict[str, str], notes: list[str]
     for table, bytes_read in batches:
         if builder is None:
             left = path.stat().st_size / max(bytes_read, 1)
-            builder = TableBuilder(kinds, int(table.num_rows * left * 1.02) + 64)
+            expected = int(table.num_rows * left * 1.02) + 64
+            check_memory(expected * len(kinds) * 4, f"Reading {path}")
+            builder = TableBuilder(kinds, expected)
         builder.append(dialect.names, (_one_array(column) for column in table.columns))
     if builder is None or not builder.rows:
         raise InputError(f"{path} has a header line but no rows.")

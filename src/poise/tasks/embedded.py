@@ -16,11 +16,17 @@ from poise.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Embedded:
-    """One data set: inputs float32 [rows, columns], target int64 or float32 [rows].
+    """One data set.
 
-    names: the columns. classes: the classes' names, None for regression. image_shape: how a row folds into an image.
-    standardise: whether columns have units of their own, so that the task standardises them. class_map: the usual
-    confusions, for asymmetric label noise.
+    Attributes:
+        inputs: float32 `[rows, columns]`.
+        target: int64 or float32 `[rows]`.
+        names: the columns.
+        classes: the classes' names, None for regression.
+        image_shape: how a row folds into an image.
+        standardise: whether columns have units of their own, so that the task standardises them.
+        note: what the data are, in words.
+        class_map: the usual confusions, for asymmetric label noise.
     """
 
     inputs: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError
-from poise.tasks.arrays import check_memory
+from poise.tasks.memory import check_memory
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # 50 million pixels: beyond every camera's usual file, far below what a bomb unpacks to.
@@ -25,8 +25,11 @@ MOST_PIXELS = 50_000_000
 class ImageFolder:
     """Images of one size with their classes.
 
-    images: uint8 [rows, channels, height, width]. target: int64 [rows]. classes: folder names, sorted. content:
-    sha256 over names and bytes.
+    Attributes:
+        images: uint8 `[rows, channels, height, width]`.
+        target: int64 `[rows]`.
+        classes: folder names, sorted.
+        content: sha256 over names and bytes.
     """
 
     images: Tensor
@@ -38,12 +41,14 @@ class ImageFolder:
 def read_image_folder(path: str | os.PathLike[str]) -> ImageFolder:
     """Read `path/CLASS/IMAGE` into one tensor.
 
-    path: a folder with one folder a class; hidden files are passed over. Grey images stay grey where all are grey;
-    otherwise all become RGB.
-    Raises InputError for fewer than two classes, an empty class, a file that is not an image, a broken image, images
-    of mixed sizes, and more than 50 million pixels in one.
+    Args:
+        path: a folder with one folder a class; hidden files are passed over. Images stay grey where all are grey;
+            otherwise all become RGB.
+    Raises:
+        InputError: fewer than two classes, an empty class, a file that is not an image, a broken image, images of mixed
+            sizes, more than 50 million pixels in one image.
 
-    >>> folder = read_image_folder("cats_and_dogs")  # doctest: +SKIP
+        >>> folder = read_image_folder("cats_and_dogs")  # doctest: +SKIP
     """
     path = Path(path)
     files = _files(path)
@@ -61,8 +66,13 @@ def read_image_folder(path: str | os.PathLike[str]) -> ImageFolder:
 def read_images(path: str | os.PathLike[str], *, grey: bool) -> Tensor:
     """Read every image under a folder, in the order of their paths, whatever folders they stand in.
 
-    path: a folder. grey: whether images become grey or RGB.
-    Returns uint8 [rows, channels, height, width]. Raises InputError as `read_image_folder`, and where there is no image.
+    Args:
+        path: a folder.
+        grey: whether images become grey or RGB.
+    Returns:
+        uint8 `[rows, channels, height, width]`.
+    Raises:
+        InputError: as `read_image_folder`, and where there is no image.
     """
     files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:

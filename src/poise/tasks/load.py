@@ -21,6 +21,7 @@ from poise.tasks.delimited import read_delimited
 from poise.tasks.embedded import EMBEDDED
 from poise.tasks.images import read_image_folder, read_images
 from poise.tasks.labels import CLASSIFICATION, REGRESSION, Labels, check_class_sizes, find_label, read_labels
+from poise.tasks.memory import check_memory
 from poise.tasks.parquet import read_parquet
 from poise.tasks.preprocessing import Layout, Preprocessor, TablePreprocessor, as_text, check_columns, lay_out
 from poise.tasks.splits import check_fractions, generator_for, stratified_split
@@ -326,6 +327,8 @@ def _from_table(path: Path, table: Table, options: Options) -> _Source:
     labels = read_labels(table[label], label, options.target_type)
     chosen = choose_inputs(table, roles)
     layout, more = lay_out(chosen.table)
+    # One matrix of all rows, in parts.
+    check_memory(layout.width * table.rows * 4, f"The {table.rows:,} rows of {layout.width:,} inputs each")
     loaded = _Source(path.stem, file_hash(path), chosen.table, labels, group=group, time=time, layout=layout)
     loaded.input_shape = (layout.width,)
     loaded.notes = [*table.notes, *notes, *chosen.notes, *more]

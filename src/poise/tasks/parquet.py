@@ -17,10 +17,12 @@ _BATCH_ROWS = 65_536
 def read_parquet(path: str | os.PathLike[str]) -> Table:
     """Read a Parquet file of flat columns into a `Table`.
 
-    path: a Parquet file whose columns are numbers, text, booleans, dates or dictionaries of these.
-    Raises InputError for an empty, truncated or nested file and for duplicate column names.
+    Args:
+        path: a Parquet file whose columns are numbers, text, booleans, dates or dictionaries of these.
+    Raises:
+        InputError: an empty, truncated or nested file, duplicate column names.
 
-    >>> table = read_parquet("wine.parquet")  # doctest: +SKIP
+        >>> table = read_parquet("wine.parquet")  # doctest: +SKIP
     """
     import pyarrow as pa
     from pyarrow import parquet

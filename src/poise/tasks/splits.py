@@ -34,7 +34,11 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
 def check_fractions(split: tuple[float, ...], separate_test: bool) -> tuple[float, ...]:
     """Return the shares of train, valid and test (0 for the test part where it is a file of its own), which sum to 1.
 
-    Raises InputError for other than three positive numbers of sum 1 (two are enough beside a test file).
+    Args:
+        split: three positive numbers of sum 1; beside a test file two are enough.
+        separate_test: whether the test part is a file of its own.
+    Raises:
+        InputError: anything else.
     """
     shares = tuple(float(share) for share in split)
     wrong = len(shares) not in ((2, 3) if separate_test else (3,)) or not all(

@@ -26,7 +26,9 @@ _OFFSET_LIMIT = 1000.0
 class Categories:
     """A text column: `values[codes[row]]`, with code -1 where the value is missing.
 
-    codes: int32 [rows], in -1..len(values)-1. values: the different texts, sorted.
+    Attributes:
+        codes: int32 `[rows]`, in `-1..len(values)-1`.
+        values: the different texts, sorted.
     """
 
     codes: Tensor
@@ -44,9 +46,11 @@ Column = Tensor | Categories
 class Table:
     """Named columns of equal length.
 
-    columns: name -> float32/float64 [rows] or `Categories`. integers: the columns that hold whole numbers only.
-    dates: the columns that were read as dates.
-    notes: what the reader decided by itself, in words.
+    Attributes:
+        columns: name -> float32 or float64 `[rows]`, or `Categories`.
+        integers: the columns that hold whole numbers only.
+        dates: the columns that were read as dates.
+        notes: what the reader decided by itself, in words.
     """
 
     columns: dict[str, Column]
@@ -135,8 +139,9 @@ def _mix(state: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtyp
 class TableBuilder:
     """Grows a `Table` from Arrow record batches, so that a file is never in memory twice.
 
-    kinds: column name -> "integer" | "float" | "double" | "text" | "unknown" | "boolean" | "date". expected_rows: a
-    first guess of the length.
+    Args:
+        kinds: column name -> "integer", "float", "double", "text", "unknown", "boolean" or "date".
+        expected_rows: a first guess of the length.
     """
 
     def __init__(self, kinds: Mapping[str, str], expected_rows: int) -> None:
