@@ -135,6 +135,29 @@ def test_the_recorder_gives_the_mean_error_of_each_epoch_and_warns_once_when_not
     assert "buys nothing" in str(report)
 
 
+def test_the_recorder_says_when_the_targets_are_too_soft() -> None:
+    torch.manual_seed(0)
+    y = torch.arange(40) % 4
+    x = torch.eye(4)[y]
+    recorder = RefinementRecorder(y)
+    with pytest.warns(PoiseWarning, match="Lower alpha_max"):
+        poise.fit(
+            nn.Linear(4, 4),
+            "progressive_self_distillation",
+            {"input": x, "target": y},
+            lr=0.02,
+            epochs=12,
+            batch_size=8,
+            device="cpu",
+            callbacks=[recorder],
+        )
+    last = recorder.report().epochs[-1]
+    assert recorder.report().over_softened
+    assert last.underconfidence == pytest.approx(last.accuracy - last.confidence)
+    assert last.softening == pytest.approx(0.8 * last.remaining_error)
+    assert "too soft" in str(recorder.report())
+
+
 def test_what_cannot_be_reported_is_refused() -> None:
     y = torch.tensor([0, 1])
     for objective in (poise.parse("cross_entropy"), poise.parse("progressive_self_distillation(teacher='snapshot')")):

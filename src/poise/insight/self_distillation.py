@@ -46,25 +46,37 @@ __all__ = [
 SATURATED = 0.01
 """Mean of `1 - P_true` below which the softened target is the label again, so that the term buys nothing."""
 
+UNDERCONFIDENT = 0.05
+"""Accuracy minus mean confidence of the stored predictions above which the targets are softer than the model is wrong."""
+
 
 @dataclass(frozen=True)
 class EpochRefinement:
-    """One epoch: the share of the past prediction in its targets, and what was left to soften.
+    """One epoch: the share of the past prediction in its targets, and the predictions that it stored.
 
     Args:
         epoch: from 0.
         alpha: share of the past prediction in the targets of this epoch.
-        remaining_error: mean of `1 - P_true` over the predictions that the epoch stored, in [0, 1].
-        moved: `alpha * remaining_error`, the mean share of a target that such predictions take from the label.
+        remaining_error: mean of `1 - P_true` over the stored predictions, in [0, 1]: what is left to soften.
+        accuracy: share of the stored predictions that favour the label.
+        confidence: mean largest probability of the stored predictions.
     """
 
     epoch: int
     alpha: float
     remaining_error: float
+    accuracy: float
+    confidence: float
 
     @property
-    def moved(self) -> float:
+    def softening(self) -> float:
+        """`alpha * remaining_error`: the mean share of a target that such predictions take from the label."""
         return self.alpha * self.remaining_error
+
+    @property
+    def underconfidence(self) -> float:
+        """`accuracy - confidence`: positive where the model is right more often than it believes."""
+        return self.accuracy - self.confidence
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class RefinementReport:
 
     @property
     def saturated_from(self) -> int | None:
-        """The first epoch from which on `1 - P_true` stayed below 1 % on average, or None."""
+        """The first epoch from which on `1 - P_true` stayed below 1 % on average, or None: the term then buys nothing."""
         first = None
         for row in self.epochs:
             if row.remaining_error >= SATURATED:
@@ -84,20 +96,35 @@ class RefinementReport:
                 first = row.epoch
         return first
 
+    @property
+    def over_softened(self) -> bool:
+        """Whether training ended under-confident by more than 5 points: `alpha_max` should be lower."""
+        return bool(self.epochs) and self.epochs[-1].underconfidence > UNDERCONFIDENT
+
     def __str__(self) -> str:
-        lines = ["epoch  alpha  mean(1 - P_true)  mean softening of the target"]
-        lines += [f"{r.epoch:5d}  {r.alpha:5.3f}  {r.remaining_error:16.4f}  {r.moved:28.4f}" for r in self.epochs]
+        lines = [
+            "epoch  alpha  mean(1 - P_true)  softening  accuracy  confidence   (of the predictions stored in the epoch)"
+        ]
+        lines += [
+            f"{r.epoch:5d}  {r.alpha:5.3f}  {r.remaining_error:16.4f}  {r.softening:9.4f}  {r.accuracy:8.4f}  {r.confidence:10.4f}"
+            for r in self.epochs
+        ]
         if self.saturated_from is not None:
             lines.append(_saturation(self.saturated_from, self.epochs[-1].remaining_error))
+        if self.over_softened:
+            lines.append(_over_softening(self.epochs[-1]))
         return "\n".join(lines)
 
 
 class RefinementRecorder:
-    """A callback of `poise.fit` that measures mean(1 - P_true) after every epoch, and warns when nothing is left to soften.
+    """A callback of `poise.fit` that measures mean(1 - P_true) after every epoch and warns of too little and too much.
+
+    It warns once (`PoiseWarning`) when the mean falls below 1 %, where nothing is left to soften, and at the end when the
+    stored predictions are right more often than they are confident, by more than 5 points, where targets are too soft.
 
     Args:
         target: the training labels, int64 `[examples]` or `[examples, time]`.
-        warn: warn once when the mean falls below 1 % (a `PoiseWarning`).
+        warn: False keeps silent; the report says the same.
 
     >>> RefinementRecorder(torch.tensor([0, 1])).report().epochs
     ()
@@ -105,6 +132,7 @@ class RefinementRecorder:
 
     def __init__(self, target: Tensor, warn: bool = True) -> None:
         self.target, self.warn = target, warn
+        self._warned = False
         self._rows: list[EpochRefinement] = []
 
     def on_epoch_end(self, state: Any) -> None:
@@ -112,12 +140,24 @@ class RefinementRecorder:
         term = _term_of(state.objective)
         epochs = state.objective.clock.epochs
         epoch = max(0, -(-state.step // state.steps_per_epoch) - 1)
-        probability, _, _ = _stored(term, self.target)
-        error = float((1 - probability).mean())
-        self._rows.append(EpochRefinement(epoch, term.alpha(epoch, epochs), error))
-        if self.warn and error < SATURATED:
-            self.warn = False
-            warnings.warn(_saturation(epoch, error), PoiseWarning, stacklevel=2)
+        probability, rows, label, _ = _stored(term, self.target)
+        confidence, predicted = rows.max(-1)
+        row = EpochRefinement(
+            epoch,
+            term.alpha(epoch, epochs),
+            remaining_error=float((1 - probability).mean()),
+            accuracy=float((predicted == label).float().mean()),
+            confidence=float(confidence.mean()),
+        )
+        self._rows.append(row)
+        if self.warn and not self._warned and row.remaining_error < SATURATED:
+            self._warned = True
+            warnings.warn(_saturation(epoch, row.remaining_error), PoiseWarning, stacklevel=2)
+
+    def on_end(self, state: Any) -> None:
+        """Warn of targets that were too soft."""
+        if self.warn and self.report().over_softened:
+            warnings.warn(_over_softening(self._rows[-1]), PoiseWarning, stacklevel=2)
 
     def report(self) -> RefinementReport:
         """Return what was measured so far."""
@@ -294,13 +334,11 @@ def hard_examples(objective: Objective | Term, target: Tensor, count: int = 20) 
     >>> hard_examples(term, torch.tensor([0, 1]), count=1).index
     tensor([1])
     """
-    probability, rows, places = _stored(_term_of(objective), target)
+    probability, rows, label, (index, position) = _stored(_term_of(objective), target)
     if count < 1:
         raise InputError(f"hard_examples: count must be at least 1, and it is {count}.")
     confidence, predicted = rows.max(-1)
-    label = target.to(rows.device)[places] if target.ndim == 1 else target.to(rows.device)[places[0], places[1]]
     hardest = torch.argsort(probability, stable=True)[:count]
-    index, position = (places, torch.zeros_like(places)) if isinstance(places, Tensor) else places
     return HardExamples(
         index=index[hardest].cpu(),
         position=position[hardest].cpu(),
@@ -340,8 +378,8 @@ def _term_of(objective: Objective | Term) -> ProgressiveSelfDistillation:
     )
 
 
-def _stored(term: ProgressiveSelfDistillation, target: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Of all stored predictions: the probability of the label, the row, and where it belongs."""
+def _stored(term: ProgressiveSelfDistillation, target: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Of all stored predictions: the probability of the label, the row, the label, and the index and position it belongs to."""
     past = past_predictions(term)
     if target.shape[0] != past.shape[0] or target.ndim != past.ndim - 1 or target.dtype != torch.int64:
         raise InputError(
@@ -355,8 +393,9 @@ def _stored(term: ProgressiveSelfDistillation, target: Tensor) -> tuple[Tensor, 
     places = ((past.sum(-1) > 0) & (target >= 0)).nonzero(as_tuple=True)
     if len(places[0]) == 0:
         raise InputError("Nothing is remembered yet: train for at least one step first.")
-    rows = past[places]
-    return _at(rows, target[places]), rows, places[0] if len(places) == 1 else places
+    rows, label = past[places], target[places]
+    index = places[0]
+    return _at(rows, label), rows, label, (index, places[1] if len(places) > 1 else torch.zeros_like(index))
 
 
 def _at(rows: Tensor, target: Tensor) -> Tensor:
@@ -368,4 +407,11 @@ def _saturation(epoch: int, error: float) -> str:
         f"From epoch {epoch} on the remembered predictions are nearly the labels: mean(1 - P_true) = {error:.2%}, below "
         f"{SATURATED:.0%}. progressive_self_distillation then is cross-entropy and buys nothing. Augment the data, or take "
         "cross_entropy or label_smoothing."
+    )
+
+
+def _over_softening(row: EpochRefinement) -> str:
+    return (
+        f"The targets are too soft: at the end {row.accuracy:.1%} of the remembered predictions favour the label with a mean "
+        f"confidence of {row.confidence:.1%} only. Lower alpha_max; where cross-entropy is calibrated already, take it alone."
     )
