@@ -191,6 +191,21 @@ def test_every_step_minimises_the_papers_objective():
             assert float(slope.abs().max()) < 1e-8
 
 
+def test_the_certificate_shows_that_the_normal_equations_hold_and_when_they_do_not():
+    x, y, _, _ = problem(n=20)
+    for kernel, inputs in (("rbf", x), ("precomputed", rbf(x, x, 0.5)), ("linear", x)):
+        model = SelfDistillationKRR(kernel, 0.4).fit(inputs, y, alpha=[0.2, 0.7])
+        for step in (1, 2, 3):
+            certificate = model.certificate(step)
+            assert certificate.converged
+            assert certificate.residual < 1e-12
+            assert certificate.value == model.objective_value(step)
+    # Single precision at a ridge far below the largest eigenvalue's rounding.
+    rough = SelfDistillationKRR("linear", 1e-5, dtype=torch.float32).fit(100 * x, y, 0.2, 2).certificate()
+    assert not rough.converged
+    assert "ill-conditioned" in rough.status
+
+
 @settings(max_examples=50, deadline=None)
 @given(alpha=st.floats(0, 0.99), ridge=st.floats(1e-2, 1e2), seed=st.integers(0, 10**6))
 def test_small_directions_are_suppressed_progressively_and_labels_dampen_it(alpha, ridge, seed):

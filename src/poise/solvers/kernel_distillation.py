@@ -33,6 +33,8 @@ from poise.operators import project_on_line
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from poise.problem import Certificate
+
     Array = Tensor | npt.NDArray[Any]
 
 __all__ = ["SelfDistillationKRR", "Spectrum", "distillation_filter", "limit_filter"]
@@ -501,6 +503,33 @@ class SelfDistillationKRR:
         norm = (basis.decode(dual) * fitted).sum()  # ||f||_H^2 = a^T K a
         mixed = share * (fitted - labels).square().sum() + (1 - share) * (fitted - previous).square().sum()
         return float(mixed + self.ridge * norm) / 2
+
+    def certificate(self, step: int | None = None, tolerance: float = 1e-8) -> Certificate:
+        """Return what is known about a fitted step: its minimum, and how well the normal equations hold.
+
+        The residual is `max |K a + ridge a - target| / max |target|` with `target = alpha y + (1-alpha) y^(tau-1)`, where `K` is
+        computed anew (a precomputed one is rebuilt from its eigenvectors).
+
+        Args:
+            step: a fitted step; None means the last.
+            tolerance: the residual that counts as solved.
+        """
+        from poise.problem import Certificate
+
+        basis = self._require_basis()
+        number = self.steps if step is None else step
+        value = self.objective_value(number)
+        share = 1.0 if number == 1 else self._alphas[number - 2]
+        labels, dual = basis.decode(basis.labels), basis.decode(self._duals[number - 1])
+        previous = labels if number == 1 else basis.fitted(self._duals[number - 2])
+        target = share * labels + (1 - share) * previous
+        rebuilt = self.kernel == "precomputed"
+        fitted = (
+            basis.fitted(self._duals[number - 1]) if rebuilt else self._kernel_between(self._train, self._train) @ dual
+        )
+        residual = float((fitted + self.ridge * dual - target).abs().max() / target.abs().max().clamp_min(1e-300))
+        status = "converged" if residual <= tolerance else "ill-conditioned: use a larger ridge or float64"
+        return Certificate(value, residual, tolerance, "relative residual of the normal equations", number, status)
 
     def _eigenbasis(self) -> _Eigenbasis:
         basis = self._require_basis()
