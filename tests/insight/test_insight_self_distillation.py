@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +158,37 @@ def test_the_recorder_says_when_the_targets_are_too_soft() -> None:
     assert last.underconfidence == pytest.approx(last.accuracy - last.confidence)
     assert last.softening == pytest.approx(0.8 * last.remaining_error)
     assert "too soft" in str(recorder.report())
+
+
+def test_the_recorder_keeps_its_epochs_over_a_resume(tmp_path: Path) -> None:
+    class Fail:
+        def on_step_end(self, state: object) -> None:
+            if state.step == 23:  # type: ignore[attr-defined]
+                raise RuntimeError("the machine stops")
+
+    def train(*callbacks: object, folder: Path | None = None) -> str:
+        torch.manual_seed(0)
+        y = torch.arange(40) % 4
+        recorder = RefinementRecorder(y, warn=False)
+        poise.fit(
+            nn.Linear(4, 4),
+            "progressive_self_distillation",
+            {"input": torch.eye(4)[y], "target": y},
+            epochs=6,
+            batch_size=8,
+            device="cpu",
+            checkpoint=folder,
+            checkpoint_steps=4,
+            callbacks=[recorder, *callbacks],
+        )
+        return str(recorder.report())
+
+    class Nothing:
+        pass
+
+    with pytest.raises(RuntimeError, match="stops"):
+        train(Fail(), folder=tmp_path)
+    assert train(Nothing(), folder=tmp_path) == train(Nothing())
 
 
 def test_what_cannot_be_reported_is_refused() -> None:

@@ -20,7 +20,7 @@ Source: arXiv:2006.12000, sec. 3.2.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -158,6 +158,14 @@ class RefinementRecorder:
         """Warn of targets that were too soft."""
         if self.warn and self.report().over_softened:
             warnings.warn(_over_softening(self._rows[-1]), PoiseWarning, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the epochs so far, and whether the warning was given."""
+        return {"epochs": [asdict(row) for row in self._rows], "warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the epochs before the resume back."""
+        self._rows, self._warned = [EpochRefinement(**row) for row in state["epochs"]], state["warned"]
 
     def report(self) -> RefinementReport:
         """Return what was measured so far."""
