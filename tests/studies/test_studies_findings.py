@@ -12,7 +12,6 @@ from poise.studies.findings import _curve
 from poise.studies.intervals import Estimate
 from poise.studies.recommendation import difference_sentence, term_sentence
 from poise.studies.spec import failed_record
-from poise.studies.study import _describe
 from poise.studies.summary import Metric
 
 SPREAD = (-0.004, 0.001, 0.003, -0.002, 0.002)
@@ -31,7 +30,7 @@ def summary_of(fake_task, tmp_path):
                 plan.feed([failed_record(spec, "It failed.")])
             else:
                 plan.feed([make_record(spec, accuracies[spec.formula][spec.seed])])
-        return summarize(plan, _describe(study.task), curves)
+        return summarize(plan, study.describe(), curves)
 
     return make
 
@@ -120,7 +119,7 @@ def test_less_is_better_where_the_metric_says_so(fake_task, monkeypatch, tmp_pat
         record.metrics = {"test/rmse": (55.0 if spec.formula == "squared_error" else 50.0) + 0.1 * spec.seed**2}
         record.metrics["test/rmse"] += 0.05 * spec.seed if spec.formula == "huber" else 0
         plan.feed([record])
-    summary = summarize(plan, _describe(rmse))
+    summary = summarize(plan, study.describe())
     assert summary.primary.direction == "min"
     (difference,) = summary.differences
     assert difference.verdict == "better"
@@ -186,7 +185,7 @@ def test_an_incomplete_study_is_summarised_and_says_so(fake_task, tmp_path):
     plan = study.plan()
     specs = plan.wanted()
     plan.feed([make_record(spec) for spec in specs[:4]])
-    summary = summarize(plan, _describe(study.task))
+    summary = summarize(plan, study.describe())
     assert (summary.runs_done, summary.runs_planned) == (4, 6)
     assert any("4 of 6 runs" in warning for warning in summary.warnings)
 
@@ -199,6 +198,5 @@ def test_runs_of_different_torch_versions_are_pointed_out(fake_task, tmp_path):
         record.versions = {"torch": f"2.{number}"}
         plan.feed([record])
     assert (
-        "The runs were made with different versions of torch: 2.0, 2.1."
-        in summarize(plan, _describe(study.task)).warnings
+        "The runs were made with different versions of torch: 2.0, 2.1." in summarize(plan, study.describe()).warnings
     )

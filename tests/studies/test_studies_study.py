@@ -14,7 +14,6 @@ import poise
 from poise.errors import FormulaError, InputError, StoreError
 from poise.studies import Store, Study, summarize
 from poise.studies.lock import FolderLock
-from poise.studies.study import _describe
 
 AUTO = "cross_entropy + auto*l2"
 
@@ -296,5 +295,5 @@ def test_ten_thousand_runs_are_replayed_and_summarised(fake_study):
     records = [make_record(spec, points=2) for spec in plan.wanted()]
     assert len(records) == 9999
     plan.feed(records)
-    summary = summarize(plan, _describe(study.task))
+    summary = summarize(plan, study.describe())
     assert (summary.runs_done, summary.formulas[1].metrics["accuracy"].n) == (9999, 3333)

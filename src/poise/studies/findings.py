@@ -191,10 +191,13 @@ def _curves(seeds: Mapping[str, int], read: CurveReader) -> dict[str, Curve]:
 def _curve(name: str, by_seed: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Curve:
     grids = [steps for steps, _ in by_seed.values()]
     same = all(grid is grids[0] or np.array_equal(grid, grids[0]) for grid in grids)
-    steps = grids[0] if same else np.unique(np.concatenate(grids))
-    table = np.full((len(by_seed), len(steps)), np.nan)
-    for row, (grid, values) in enumerate(by_seed.values()):
-        table[row, np.searchsorted(steps, grid)] = values
+    if same:
+        steps, table = grids[0], np.stack([values for _, values in by_seed.values()]).astype(np.float64)
+    else:
+        steps = np.unique(np.concatenate(grids))
+        table = np.full((len(by_seed), len(steps)), np.nan)
+        for row, (grid, values) in enumerate(by_seed.values()):
+            table[row, np.searchsorted(steps, grid)] = values
     # An infinite loss has no place on an axis; it counts as not recorded.
     table[~np.isfinite(table)] = np.nan
     count = np.sum(~np.isnan(table), axis=0)

@@ -96,6 +96,7 @@ class Plan:
         ]  # seed by seed, so that an early look at a running study already has pairs
         self._asked: dict[str, RunSpec] = {}
         self._new: dict[str, RunSpec] = {}
+        self._plain_texts: dict[int, tuple[str, dict[str, str]]] = {}
         self._generators = [self._search(track) if self.trials else self._direct(track) for track in self.tracks]
         pairs = zip(self.tracks, self._generators, strict=True)
         self._waiting = [self._note(track, next(generator)) for track, generator in pairs]
@@ -108,7 +109,7 @@ class Plan:
         moved: set[int] = set()
         for record in records:
             # Thousands of runs' curves would fill the memory; whoever draws them reads them from the store.
-            self.records[record.id] = replace(record, curves={})
+            self.records[record.id] = replace(record, curves={}) if record.curves else record
             moved |= self._waiters.pop(record.id, set())
         for number in sorted(moved):
             self._advance(number)
@@ -222,14 +223,23 @@ class Plan:
         yield self._conclude(track, best.lr, best.weights)
 
     def _conclude(self, track: Track, lr: float, weights: dict[str, float]) -> list[RunSpec]:
-        formula = self.formulas[track.formula]
-        resolved = formula.resolve(weights) if weights else formula
+        text, reduced = self._texts(track.formula, weights)
         common = replace(self.base, seed=track.seed, lr=lr)
         track.weights = dict(weights)
-        track.final = replace(common, formula=str(resolved))
-        if self.config.leave_one_out and len(resolved.labels) > 1:
-            track.reduced = {label: replace(common, formula=str(resolved.without(label))) for label in resolved.labels}
+        track.final = replace(common, formula=text)
+        track.reduced = {label: replace(common, formula=without) for label, without in reduced.items()}
         return [track.final, *track.reduced.values()]
+
+    def _texts(self, index: int, weights: dict[str, float]) -> tuple[str, dict[str, str]]:
+        """Return a formula with its weights, and without each of its terms, as texts; without a search once for all seeds."""
+        if not weights and index in self._plain_texts:
+            return self._plain_texts[index]
+        formula = self.formulas[index].resolve(weights) if weights else self.formulas[index]
+        labels = formula.labels if self.config.leave_one_out and len(formula.labels) > 1 else ()
+        texts = str(formula), {label: str(formula.without(label)) for label in labels}
+        if not weights:
+            self._plain_texts[index] = texts
+        return texts
 
     def _trial(self, track: Track, trial: Trial, share: float) -> RunSpec:
         formula = self.formulas[track.formula]

@@ -308,9 +308,13 @@ class Study:
             _write(Path(path), text)
         return text
 
+    def describe(self) -> TaskSummary:
+        """Return the data in words and numbers."""
+        return _describe(self.task)
+
     def plan(self) -> Plan:
         """Return a fresh plan of all runs."""
-        return self._plan(self.config, _describe(self.task))
+        return self._plan(self.config, self.describe())
 
     def _plan(self, config: StudyConfig, task: TaskSummary) -> Plan:
         base = _base_spec(config, task.fingerprint)
@@ -338,11 +342,11 @@ class Study:
         with FolderLock(self.folder), Store(self.folder / STORE) as store:
             with contextlib.ExitStack() as stack:
                 engine = stack.enter_context(engine if engine is not None else self._engine(store))
-                described = _describe(self.task)
+                described = self.describe()
                 plan = self._plan(self.config, described)
                 _write(self.folder / TOML, self.config.to_toml())
                 store.set_meta("study", self.config.model_dump(mode="json"))
-                store.set_meta("task", _task_to_meta(described))
+                store.set_meta("task", dict(vars(described)))
                 # Runs that failed before are tried again: their reason may have been the machine's.
                 plan.feed(record for record in store.records() if record.status == "done")
                 if plan.done == 0:
@@ -552,10 +556,6 @@ def _describe(task: Task) -> TaskSummary:
         notes=tuple(task.notes),
         warnings=tuple(task.warnings),
     )
-
-
-def _task_to_meta(task: TaskSummary) -> dict[str, Any]:
-    return dict(vars(task))
 
 
 def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
