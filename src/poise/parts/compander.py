@@ -112,7 +112,7 @@ class Compander(nn.Module):
     log_b: Tensor
     initial_log_a: Tensor
     initial_log_b: Tensor
-    #: Read by `poise.solvers.parameter_groups`: how an optimiser should treat this module's own parameters.
+    #: Read by `poise.parameter_groups`: how an optimiser should treat this module's own parameters.
     parameter_options = {
         "log_a": {"weight_decay": 0.0, "lr_multiplier": 0.1},
         "log_b": {"weight_decay": 0.0, "lr_multiplier": 0.1},

@@ -122,9 +122,9 @@ class Companding:
             multiplier: at least 0. With 1 and a large `lr`, training can diverge: the curve then moves faster than the weights.
 
         Returns:
-            Groups for any `torch.optim` optimiser. The same as `poise.solvers.parameter_groups(model, ...)`.
+            Groups for any `torch.optim` optimiser. The same as `poise.parameter_groups(model, ...)`.
         """
-        from poise.solvers.parameter_groups import parameter_groups
+        from poise.parameter_groups import parameter_groups
 
         return parameter_groups(self.model, weight_decay=weight_decay, lr=lr, multiplier=multiplier)
 

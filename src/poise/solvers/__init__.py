@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# At once, because the function and its file share a name and the function is what users mean.
-from poise.solvers.parameter_groups import parameter_groups
+from poise.parameter_groups import parameter_groups
 
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",

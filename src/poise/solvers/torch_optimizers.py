@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poise.errors import InputError, nearest
 from poise.objective import Objective
 from poise.problem import Certificate, Problem, Step
-from poise.solvers.parameter_groups import asked_for
+from poise.parameter_groups import asked_for
 
 _NAMES = {
     "adadelta": "Adadelta",
@@ -43,7 +43,7 @@ class TorchOptimizer:
         optimizer: a name ("sgd", "adamw", ...), a class, or an object that holds its parameters already.
         clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.
         parameter_groups: makes the optimiser's groups from the model; by default all trained parameters in one, but for those
-            whose module asks for a slower or undecayed group (see `poise.solvers.parameter_groups`).
+            whose module asks for a slower or undecayed group (see `poise.parameter_groups`).
         options: the optimiser's own, such as `lr=3e-4, weight_decay=0.01`. Without `lr`, SGD takes 0.02 with momentum 0.9,
             L-BFGS 1.0 with a strong Wolfe line search, the others PyTorch's default.
 
