@@ -14,13 +14,18 @@ fractions (0.02, not 2 %), all functions are deterministic and free of Python lo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from poise.errors import InputError
+
+_CACHED = 1 << 18
+"""Numbers in a piece that a core keeps in its cache."""
 
 
 class Reliability(NamedTuple):
@@ -155,17 +160,18 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     Returns:
         Nats per example; `inf` where the model excludes a true class.
     Raises:
-        InputError: on wrong shapes, types or label range, or NaN.
+        InputError: on wrong shapes, types or label range, or where a logit is NaN or +inf.
 
         >>> round(negative_log_likelihood(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3])), 4)
         2.3026
     """
     _check_labels("negative_log_likelihood", "logits", logits, labels)
-    if bool(torch.isnan(logits).any()):
-        raise InputError("negative_log_likelihood: logits contain NaN; evaluate a model that has not diverged.")
-    scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    true = scores.gather(1, labels[:, None]).squeeze(1)
-    return float((scores.logsumexp(1) - true).double().mean())
+    total = 0.0
+    for z, y in _chunks(logits.detach(), labels):
+        total += float(F.cross_entropy(z, y, reduction="none").double().sum())
+    if math.isnan(total):
+        raise InputError("negative_log_likelihood: logits contain NaN or +inf; evaluate a model that has not diverged.")
+    return total / len(labels)
 
 
 def brier_score(probs: Tensor, labels: Tensor) -> float:
@@ -184,21 +190,38 @@ def brier_score(probs: Tensor, labels: Tensor) -> float:
         >>> round(brier_score(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1])), 4)
         0.37
     """
-    probs = _check_probabilities("brier_score", probs, labels)
-    wide = probs.float() if probs.dtype in (torch.float16, torch.bfloat16) else probs
-    true = wide.gather(1, labels[:, None]).squeeze(1)
-    # sum_k (p_k - 1[y=k])^2 = sum_k p_k^2 - 2 p_y + 1, without a one-hot matrix
-    return float((torch.linalg.vecdot(wide, wide) - 2 * true).double().mean() + 1)
+    probs = _two_columns(probs)
+    _check_labels("brier_score", "probs", probs, labels)
+    total = 0.0
+    for p, y in _chunks(probs.detach(), labels):
+        _check_rows("brier_score", p)
+        # sum_k (p_k - 1[y=k])^2 = sum_k p_k^2 - 2 p_y + 1, without a one-hot matrix
+        total += float((torch.linalg.vecdot(p, p) - 2 * p.gather(1, y[:, None]).squeeze(1) + 1).double().sum())
+    return total / len(labels)
 
 
 def _confidence_and_correct(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    probs = _check_probabilities("calibration_error", probs, labels)
-    if probs.device.type == "cpu" and probs.dtype.itemsize >= 4:
-        # NumPy's argmax is vectorised where PyTorch's is not: half the time, and both take the first of equal maxima
-        prediction = torch.from_numpy(np.argmax(probs.numpy(), axis=1))
-    else:
-        prediction = probs.argmax(dim=1)
-    return probs.gather(1, prediction[:, None]).squeeze(1), prediction == labels
+    probs = _two_columns(probs)
+    _check_labels("calibration_error", "probs", probs, labels)
+    confidences, hits = [], []
+    for p, y in _chunks(probs.detach(), labels):
+        _check_rows("calibration_error", p)
+        prediction = _argmax(p)
+        confidences.append(p.gather(1, prediction[:, None]).squeeze(1))
+        hits.append(prediction == y)
+    return torch.cat(confidences).to(probs.dtype), torch.cat(hits)
+
+
+def _chunks(scores: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows in pieces that stay in the cache while they are read several times; half precision comes as float32."""
+    rows = max(1, (_CACHED if scores.device.type == "cpu" else _CACHED << 8) // scores.shape[1])
+    for piece, y in zip(torch.split(scores, rows), torch.split(labels, rows), strict=True):
+        yield (piece.float() if piece.dtype.itemsize < 4 else piece), y
+
+
+def _argmax(rows: Tensor) -> Tensor:
+    """The first of the largest entries of each row; on the CPU by NumPy, whose argmax is vectorised and PyTorch's is not."""
+    return torch.from_numpy(np.argmax(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.argmax(dim=1)
 
 
 def _bin(confidence: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -251,23 +274,20 @@ def _check_ranking(confidence: Tensor, correct: Tensor, ties: str) -> tuple[Tens
     return confidence.detach(), correct.detach()
 
 
-def _check_probabilities(what: str, probs: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities `[examples, classes]` after checks; the binary form `[examples]` gets its second column."""
-    if probs.dim() == 1 and probs.is_floating_point():
-        probs = torch.stack([1 - probs, probs], dim=1)
-    _check_labels(what, "probs", probs, labels)
-    probs = probs.detach()
-    low, high = torch.aminmax(probs)
+def _two_columns(probs: Tensor) -> Tensor:
+    """The binary form `[examples]`, the probability of class 1, as `[examples, 2]`."""
+    return torch.stack([1 - probs, probs], dim=1) if probs.dim() == 1 and probs.is_floating_point() else probs
+
+
+def _check_rows(what: str, probs: Tensor) -> None:
+    low, high = (float(end) for end in torch.aminmax(probs))
     # half-precision softmax rows miss 1 by about classes * 2^-11; anything past a hundredth is not a distribution
-    total = probs.sum(dim=1, dtype=torch.float32 if probs.dtype.itemsize < 4 else probs.dtype)
-    off = float((total - 1).abs().max())
-    if not (float(low) >= 0 and float(high) <= 1 and off <= 1e-2):
+    off = float((probs.sum(dim=1) - 1).abs().max())
+    if not (low >= 0 and high <= 1 and off <= 1e-2):
         raise InputError(
             f"{what}: every row of probs must be a distribution (values in [0, 1], sum 1); values lie in "
-            f"[{float(low):.4g}, {float(high):.4g}] and a row misses the sum 1 by {off:.3g}. "
-            "For logits z, give z.softmax(-1)."
+            f"[{low:.4g}, {high:.4g}] and a row misses the sum 1 by {off:.3g}. For logits z, give z.softmax(-1)."
         )
-    return probs
 
 
 def _check_labels(what: str, name: str, scores: Tensor, labels: Tensor) -> None:
