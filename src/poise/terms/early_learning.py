@@ -187,7 +187,8 @@ class EarlyLearning(Term):
                 t = share[:, None] * t + (1 - share)[:, None] * t[partner]
         s = (p * t).sum(dim=-1)
         if self.form == "log":
-            values = torch.log1p(-(s.clamp(max=1 - self.eps) if self._rounds else s))
+            # log1p would gain nothing: 1 - s is exact from s = 1/2 on, and below it its rounding is that of the value.
+            values = torch.log(1 - (s.clamp(max=1 - self.eps) if self._rounds else s))
         else:
             values = -(t * p.log()).sum(dim=-1)
             if self.form == "kl":
