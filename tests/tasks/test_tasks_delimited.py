@@ -200,3 +200,8 @@ def test_a_file_beyond_the_free_memory_is_refused_before_it_is_read(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError, match="GiB of memory"):
         read_delimited(path)
+
+
+def test_quoted_names_alone_do_not_cost_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited, "_stream", lambda *_: pytest.fail("read by the serial reader"))
+    assert read_delimited(write(tmp_path / "t.csv", '"a","b"\n1,2\n')).names == ["a", "b"]

@@ -69,7 +69,8 @@ def read_delimited(path: str | os.PathLike[str], *, threads: int | None = None) 
     dialect, notes = _dialect(path, head)
     kinds = _kinds(path, head, dialect)
     threads = threads or min(os.cpu_count() or 1, 8)
-    quoted = b'"' in head
+    # Quotation marks round the names alone do not matter.
+    quoted = b'"' in head[_line_end(head) or len(head) :]
     # Each round widens one column at least by one step, and there are two steps.
     for _ in range(2 * len(kinds) + 2):
         try:
