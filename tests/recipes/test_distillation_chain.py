@@ -86,10 +86,10 @@ def test_a_share_of_one_repeats_the_teacher():
 @pytest.mark.parametrize("loss", ["mse_prob", "mse_logit", "kl", "ce"])
 def test_a_student_of_the_teacher_alone_comes_to_predict_what_it_predicts(loss):
     train, valid = data()
-    options = OPTIONS | {"epochs": 80, "lr": 1.0}
+    options = OPTIONS | {"epochs": 100}
     teacher, student = distillation_chain(Recorder(), train, valid, steps=2, alpha=0.0, loss=loss, **options).students
     gap = teacher.run.predict(valid[0]).softmax(-1) - student.run.predict(valid[0]).softmax(-1)
-    # 320 steps on a convex problem whose optimum is the teacher.
+    # 400 steps on a convex problem whose optimum is the teacher.
     assert float(gap.abs().max()) < 0.05
     assert student.run.objective.labels == ("distillation",)
 

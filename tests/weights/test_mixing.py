@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poise.errors import InputError
+from poise.terms.probability import Brier
+from poise.terms.self_distillation import Distillation
 from poise.weights.mixing import Mixing, MixingWeight, optimal_mixing
 
 
@@ -76,6 +78,14 @@ def test_two_runs_make_the_two_weights_of_an_objective():
     assert float(weight) == weight.ground_truth == pytest.approx(0.3)
     assert weight.ground_truth + weight.distillation == 1
     assert MixingWeight.from_two_runs(teacher, student, target).mixing == optimal_mixing(teacher, student, target)
+
+
+@pytest.mark.parametrize(
+    ("share", "formula"), [(0.25, "0.25*brier + 0.75*distillation"), (1.0, "brier"), (0.0, "distillation")]
+)
+def test_the_objective_weighs_labels_and_teacher_and_leaves_out_what_has_no_weight(share, formula):
+    weight = MixingWeight(Mixing(share, share, "inside"))
+    assert str(weight.objective(Brier(), Distillation())) == formula
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ _HOME = {
     "piecewise": "schedule",
     "Constraint": "constraint",
     "Auto": "auto",
+    "Mixing": "mixing",
     "MixingWeight": "mixing",
     "optimal_mixing": "mixing",
 }

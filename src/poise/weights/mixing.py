@@ -89,8 +89,11 @@ class MixingWeight:
     Args:
         mixing: the result of `optimal_mixing`; `alpha` is the weight of the ground-truth term.
 
-    >>> weight = MixingWeight.from_two_runs(teacher_probabilities, student_probabilities, labels)  # doctest: +SKIP
-    >>> weight.objective(Brier(), Distillation(loss="mse_prob"))  # doctest: +SKIP
+    >>> from poise.terms import Brier, Distillation
+    >>> teacher, student = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.7, 0.3]])
+    >>> weight = MixingWeight.from_two_runs(teacher, student, torch.tensor([[0.75, 0.25]]))
+    >>> weight.objective(Brier(), Distillation()).labels, round(float(weight), 6)
+    (('brier', 'distillation'), 0.25)
 
     Source: arXiv:2102.13088, section 5.
     """
