@@ -8,6 +8,7 @@ the share that the teacher and one student give, beside the best of a grid.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,8 +207,12 @@ def network(penalty: float, shares: Sequence[float], seed: int, epochs: int = 40
         "validate_every": 10**9, "seed": seed, "device": "cpu",
     }  # fmt: skip
     data = (images[train], noisy[:1500]), (images[valid], noisy[1500:])
+    # Processor time, because another process on the machine must not decide the ratio.
+    started = time.process_time()
     grid = distillation_grid(_mlp, *data, alphas=shares, **options)
+    between = time.process_time()
     chain = distillation_chain(_mlp, *data, steps=2, **options)
+    cost_ratio = (between - started) / (time.process_time() - between)
 
     def accuracy(student: Any) -> float:
         return float((student.run.predict(images[test]).argmax(-1) == labels[test]).float().mean())
@@ -219,7 +224,7 @@ def network(penalty: float, shares: Sequence[float], seed: int, epochs: int = 40
         accuracy=accuracy(chain.students[-1]),
         grid_accuracy=accuracy(best),
         teacher_accuracy=accuracy(grid.teacher),
-        cost_ratio=grid.seconds / chain.seconds,
+        cost_ratio=cost_ratio,
     )
 
 
@@ -306,7 +311,7 @@ def _figures(
             f"{place}/accuracy": d.accuracy,
             f"{place}/grid_accuracy": d.grid_accuracy,
             f"{place}/teacher_accuracy": d.teacher_accuracy,
-            f"{place}/grid_seconds_over_two_runs": d.cost_ratio,
+            f"{place}/grid_cost_over_two_runs": d.cost_ratio,
         }
     return figures
 
