@@ -61,6 +61,14 @@ def test_where_the_spread_is_unknown_there_is_no_interval_but_a_reason(values, r
     assert t_test(values) is None
 
 
+def test_an_interval_is_cut_to_the_range_that_the_quantity_cannot_leave():
+    estimate = t_interval([0.95, 0.99])
+    assert estimate.upper > 1
+    cut = estimate.within(0.0, 1.0)
+    assert (cut.lower, cut.mean, cut.upper) == (estimate.lower, estimate.mean, 1.0)
+    assert t_interval([0.5]).within(0.0, 1.0) == t_interval([0.5])
+
+
 def test_two_formulas_that_agree_on_every_seed_have_a_difference_of_exactly_zero():
     estimate = t_interval([0.0, 0.0, 0.0])
     assert (estimate.lower, estimate.mean, estimate.upper) == (0.0, 0.0, 0.0)

@@ -112,6 +112,7 @@ class StudyConfig(_Section):
         formulas: the objectives to compare; the first is the baseline.
         seeds: different integers; each fixes a split, the label noise, the model's start and the order of the batches.
         leave_one_out: also run every formula without each of its terms.
+        metric: the metric that the search and the recommendation rest on; None for accuracy or RMSE.
         data, training, tuning, engine: see the sections.
 
     Raises:
@@ -122,6 +123,7 @@ class StudyConfig(_Section):
     formulas: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     leave_one_out: bool = True
+    metric: str | None = None
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     tuning: TuningConfig = TuningConfig()
@@ -143,7 +145,7 @@ class StudyConfig(_Section):
         return _HEADER + tomli_w.dumps(_without_none(self.model_dump(mode="json")))
 
 
-_HEADER = "# A Poise study. Run it again, or continue it, with: poise study study.toml\n"
+_HEADER = "# A Poise study. Run it again, or continue it, with: poise compare --study study.toml\n"
 
 
 def build_config(content: Mapping[str, Any], *, origin: str = "the study") -> StudyConfig:

@@ -172,7 +172,7 @@ def train(
             seed=spec.seed,
             deterministic=spec.deterministic,
             metrics=split.metrics,
-            monitor=task.primary,
+            monitor=spec.monitor or task.primary,
             restore_best=spec.select == "best",
             progress=show,
             checkpoint=folder,

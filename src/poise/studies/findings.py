@@ -35,16 +35,17 @@ _SEEDS_DRAWN = 20
 # Remarks about splits differ from seed to seed by a number; a few of them say it.
 _REMARKS_SHOWN = 5
 
-# Title, better direction, written in percent.
-_METRICS: dict[str, tuple[str, Literal["max", "min"], bool]] = {
-    "accuracy": ("accuracy", "max", True),
-    "macro_f1": ("macro F1", "max", True),
-    "nll": ("negative log-likelihood", "min", False),
-    "ece": ("calibration error", "min", True),
-    "rmse": ("root mean squared error", "min", False),
-    "mae": ("mean absolute error", "min", False),
-    "r2": ("R²", "max", False),
+# Title, better direction, written in percent, lowest and highest value there is.
+_METRICS: dict[str, tuple[str, Literal["max", "min"], bool, float, float]] = {
+    "accuracy": ("accuracy", "max", True, 0.0, 1.0),
+    "macro_f1": ("macro F1", "max", True, 0.0, 1.0),
+    "nll": ("negative log-likelihood", "min", False, 0.0, math.inf),
+    "ece": ("calibration error", "min", True, 0.0, 1.0),
+    "rmse": ("root mean squared error", "min", False, 0.0, math.inf),
+    "mae": ("mean absolute error", "min", False, 0.0, math.inf),
+    "r2": ("R²", "max", False, -math.inf, 1.0),
 }
+_UNKNOWN: tuple[Literal["max", "min"], bool, float, float] = ("max", False, -math.inf, math.inf)
 
 CurveReader = Callable[[Collection[str]], Iterable[tuple[str, ArrayCurves]]]
 
@@ -108,7 +109,7 @@ def _metrics(plan: Plan, task: TaskSummary) -> tuple[Metric, ...]:
 
 
 def _metric(name: str, task: TaskSummary) -> Metric:
-    title, direction, percent = _METRICS.get(name, (name.replace("_", " "), "max", False))
+    title, direction, percent, _, _ = _METRICS.get(name, (name.replace("_", " "), *_UNKNOWN))
     return Metric(name, title, task.direction if name == task.primary else direction, percent)
 
 
@@ -139,17 +140,24 @@ def _formula(plan: Plan, index: int, metrics: tuple[Metric, ...], curves: CurveR
         terms=tuple(plan.formulas[index].labels),
         seeds=tuple(_seed_result(track, finals[track.seed]) for track in tracks if track.seed in finals),
         failed_seeds=tuple(track.seed for track in tracks if _has_failed(plan, track)),
-        metrics={m.name: t_interval(_values(finals.values(), f"test/{m.name}")) for m in metrics},
-        valid_metrics={m.name: t_interval(_values(finals.values(), f"valid/{m.name}")) for m in metrics},
+        metrics={m.name: _level(m.name, _values(finals.values(), f"test/{m.name}")) for m in metrics},
+        valid_metrics={m.name: _level(m.name, _values(finals.values(), f"valid/{m.name}")) for m in metrics},
         curves=_curves({record.id: seed for seed, record in finals.items()}, curves) if curves else {},
         cost=Cost(
-            seconds=t_interval([record.seconds for record in finals.values()]),
-            peak_memory_bytes=t_interval([float(record.peak_memory_bytes) for record in finals.values()]),
-            steps_per_second=t_interval([record.steps_per_second for record in finals.values()]),
+            seconds=t_interval([record.seconds for record in finals.values()]).within(0.0, math.inf),
+            peak_memory_bytes=t_interval([float(record.peak_memory_bytes) for record in finals.values()]).within(
+                0.0, math.inf
+            ),
+            steps_per_second=t_interval([record.steps_per_second for record in finals.values()]).within(0.0, math.inf),
             tuning_seconds=math.fsum(plan.records[run].seconds for run in trials if run in plan.records),
         ),
         selected=_selected(plan, tracks),
     )
+
+
+def _level(name: str, values: list[float]) -> Estimate:
+    *_, low, high = _METRICS.get(name, (name, *_UNKNOWN))
+    return t_interval(values).within(low, high)
 
 
 def _values(records: Iterable[RunRecord], name: str) -> list[float]:

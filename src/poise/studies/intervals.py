@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEVEL = 0.95
 
@@ -37,6 +37,15 @@ class Estimate:
     def has_interval(self) -> bool:
         """Whether an interval exists."""
         return self.lower is not None and self.upper is not None
+
+    def within(self, low: float, high: float) -> Estimate:
+        """Return the estimate with its interval cut to the range that the quantity cannot leave, such as 0..1 for shares.
+
+        What lies outside cannot be the true value, so the cut interval covers it exactly as often.
+        """
+        if self.lower is None or self.upper is None:
+            return self
+        return replace(self, lower=min(max(self.lower, low), high), upper=max(min(self.upper, high), low))
 
     def excludes_zero(self) -> bool:
         """Whether the interval exists and lies on one side of zero."""

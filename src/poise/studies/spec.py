@@ -78,6 +78,7 @@ class RunSpec:
         measure: the split that is measured at the end. Trials of a search measure `valid` only, so that the test
             split is touched once, by the final run.
         deterministic: refuse kernels whose results vary between repetitions.
+        monitor: the metric that `select="best"` goes by; empty for the task's own.
         protocol: version of the meaning of all this.
     """
 
@@ -99,6 +100,7 @@ class RunSpec:
     select: Literal["last", "best"] = "last"
     measure: Literal["test", "valid"] = "test"
     deterministic: bool = False
+    monitor: str = ""
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:

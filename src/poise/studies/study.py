@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from poise.errors import InputError, StoreError
+from poise.errors import InputError, StoreError, nearest
 from poise.studies.config import StudyConfig, build_config, read_config
 from poise.studies.engine import Engine, LocalEngine, RunEvent
 from poise.studies.findings import summarize
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from poise.tasks import Task
 
 STORE, TOML, CHECKPOINTS = "study.sqlite", "study.toml", "checkpoints"
+METRICS_OF = {"classification": ("accuracy", "macro_f1", "nll", "ece"), "regression": ("rmse", "mae", "r2")}
+RISING = frozenset({"accuracy", "macro_f1", "r2"})
 # Progress inside runs is passed on at most this often; the end of a run always is.
 _SECONDS_BETWEEN_REPORTS = 0.25
 
@@ -119,6 +121,8 @@ class Study:
         tune: trials per formula and seed for `auto` weights and the learning rate; None means 10 where a weight is
             `auto`, and no search otherwise.
         leave_one_out: also measure every formula without each of its terms.
+        metric: what the search and the recommendation rest on: `accuracy`, `macro_f1`, `nll`, `ece`, or `rmse`, `mae`,
+            `r2`; None for accuracy or RMSE.
         workers: worker processes; None for as many as the cores allow. `threads`: threads of each.
 
     Raises:
@@ -160,6 +164,7 @@ class Study:
         deterministic: bool = False,
         tune: int | None = None,
         leave_one_out: bool = True,
+        metric: str | None = None,
         workers: int | None = None,
         threads: int = 1,
     ) -> None:
@@ -168,6 +173,7 @@ class Study:
             "formulas": tuple(str(formula) for formula in listed),
             "seeds": tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
             "leave_one_out": leave_one_out,
+            "metric": metric,
             "data": {
                 "source": os.fspath(data),
                 "label": label,
@@ -309,8 +315,12 @@ class Study:
         return text
 
     def describe(self) -> TaskSummary:
-        """Return the data in words and numbers."""
-        return _describe(self.task)
+        """Return the data in words and numbers.
+
+        Raises:
+            InputError: the metric asked for does not belong to this kind of target.
+        """
+        return _describe(self.task, self._given.metric)
 
     def plan(self) -> Plan:
         """Return a fresh plan of all runs."""
@@ -537,11 +547,19 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
         threads=config.engine.threads,
         select=training.select,
         deterministic=training.deterministic,
+        # Which metric is watched changes a run only where the best model is kept.
+        monitor=config.metric or "" if training.select == "best" else "",
     )
 
 
-def _describe(task: Task) -> TaskSummary:
-    direction: Literal["max", "min"] = "max" if task.direction == "max" else "min"
+def _describe(task: Task, metric: str | None) -> TaskSummary:
+    known = METRICS_OF[task.target_type]
+    if metric is not None and metric not in known:
+        raise InputError(
+            f"There is no metric {metric!r} for {task.target_type}.{nearest(metric, known)} The metrics are {', '.join(known)}."
+        )
+    primary = metric or task.primary
+    direction: Literal["max", "min"] = "max" if primary in RISING else "min"
     return TaskSummary(
         name=task.name,
         source=task.source,
@@ -551,7 +569,7 @@ def _describe(task: Task) -> TaskSummary:
         input_shape=tuple(task.input_shape),
         classes=tuple(str(name) for name in task.classes or ()),
         fingerprint=task.fingerprint,
-        primary=task.primary,
+        primary=primary,
         direction=direction,
         notes=tuple(task.notes),
         warnings=tuple(task.warnings),
