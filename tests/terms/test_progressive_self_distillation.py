@@ -280,6 +280,18 @@ def test_with_mixed_inputs_the_softened_targets_are_mixed() -> None:
     torch.testing.assert_close(values, F.cross_entropy(z, expected.double(), reduction="none"), rtol=0, atol=1e-6)
 
 
+def test_a_snapshot_looks_at_the_mixed_input_itself() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, C)
+    term = ProgressiveSelfDistillation(teacher="snapshot")
+    term.end_epoch(model)
+    x, z = logits_of(2, N, 3, dtype=torch.float32), logits_of(0, N, C, dtype=torch.float32)
+    mixed = F.one_hot(TARGET, C).float() * 0.7 + F.one_hot(TARGET.flip(0), C).float() * 0.3
+    soft = 0.6 * mixed + 0.4 * model(x).softmax(-1).detach()
+    values = term(z, mixed, 1, 4, input=x, model=model, partner=BATCH.flip(0), share=torch.full((N,), 0.7))
+    torch.testing.assert_close(values, F.cross_entropy(z, soft, reduction="none"))
+
+
 def test_smoothed_labels_are_softened_like_any_distribution() -> None:
     z, past = logits_of(0, N, C), logits_of(1, N, C).softmax(-1)
     smooth = 0.9 * F.one_hot(TARGET, C).double() + 0.1 / C

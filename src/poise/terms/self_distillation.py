@@ -214,14 +214,15 @@ class ProgressiveSelfDistillation(Term):
         index: int64 `[batch]` (memory). `input`, `model`: (snapshot).
         epoch, epochs: int.
         partner, share: int64 and float `[batch]`, optional: where inputs were mixed (mixup, CutMix), the position in the
-            batch of the second source and the share of the first; the past predictions are then mixed alike.
+            batch of the second source and the share of the first; remembered predictions are then mixed alike. A
+            snapshot looks at the mixed input itself, and is the better teacher there: memories are of last epoch's mixture.
         mask: bool `[batch, time]`, optional; `sample_weight`: float `[batch]`, optional.
 
     Returns: `[batch]` or `[batch, time]`, not negative.
 
     Raises:
-        InputError: an argument out of range, or targets that are no distributions.
-        QuantityError: an epoch at or beyond `epochs`.
+        InputError: an argument out of range.
+        QuantityError: an epoch at or beyond `epochs`, or a memory of another shape than the logits.
         StateError: a snapshot is due, and none was taken.
 
     >>> objective = (1 * ProgressiveSelfDistillation()).bind(examples=100, classes=10, steps=200, steps_per_epoch=20)
@@ -317,7 +318,7 @@ class ProgressiveSelfDistillation(Term):
         if alpha == 0 or epoch == 0:
             return _cross_entropy(logits, target)
         past = self._past(logits.shape, index, input, model)
-        if partner is not None and share is not None:
+        if self.memory is not None and partner is not None and share is not None:
             s = share[:, None].to(past.dtype)
             past = s * past + (1 - s) * past[partner]
         return _cross_entropy(logits, _soften(target, past, alpha))
