@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError
+from poise.solvers.torch_optimizers import as_solver
 from poise.studies.config import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     solver, options, lr = CLASSIFICATION if task.target_type == "classification" else REGRESSION
     if given.solver is not None and given.solver != solver:
         if given.lr is None and given.solver not in _RATES:
+            # A name that does not exist is the greater mistake, and says so with the nearest one.
+            as_solver(given.solver)
             raise InputError(f"Give a learning rate for the solver {given.solver!r}: its usual one is not known here.")
         solver, options, lr = given.solver, {}, _RATES.get(given.solver, 0.0)
     train = max(1, round(task.examples * data.split[0] / sum(data.split)))
