@@ -299,6 +299,7 @@ def compare(
             deterministic=deterministic,
             tune=tune,
             leave_one_out=leave_one_out,
+            metric=metric,
             workers=workers,
             threads=threads,
         )
