@@ -74,6 +74,10 @@ def test_printing_and_parsing_again_gives_an_equal_objective(formula: str) -> No
         ("label_smoothing(epsilon=0.1)", "label_smoothing"),
         ("2*linear(0, 1, steps=5)*l2", "2*linear(0, 1, steps=5)*l2"),
         ("cross_entropy.on('anchor', logits='student')", "cross_entropy.on('anchor', logits='student')"),
+        (
+            "cross_entropy + a*l2 with compand( learn = True) where a = 2",
+            "cross_entropy + 2*l2 with compand(learn=True)",
+        ),
     ],
 )
 def test_formulas_print_in_one_form(formula: str, printed: str) -> None:
@@ -166,6 +170,8 @@ def test_what_is_no_literal_prints_so_that_it_is_refused() -> None:
         ("l2 if l1 else l2", ["'if'"], 0),
         ("(lambda: l2)()", ["Only names can be called"], 0),
         ("l2(**l1)", ["by name"], 5),
+        ("l2 with comapnd", ["'comapnd'", "Did you mean 'compand'"], None),
+        ("l2 with compand(a=l2)", ["must be a number"], None),
     ],
 )
 def test_errors_point_at_the_place_and_name_the_nearest(formula: str, words: list[str], under: int | None) -> None:

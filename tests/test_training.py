@@ -170,6 +170,17 @@ def test_a_constraint_is_met_and_its_multiplier_leaves_zero_again() -> None:
         assert float(module.multiplier) == pytest.approx(expected)
 
 
+def test_a_part_of_the_formula_is_put_into_the_model_and_resumes(tmp_path: Path) -> None:
+    formula = "cross_entropy + 0.01*l2 with compand(learn=True)"
+    whole = poise.fit(net(), formula, data(), steps=12, batch_size=16)
+    assert "parametrizations.weight.original" in "".join(whole.model.state_dict())
+    with pytest.raises(Interrupted):
+        poise.fit(net(), formula, data(), steps=12, batch_size=16, checkpoint=tmp_path, callbacks=[StopAt(5)])
+    assert same(
+        weights(poise.fit(net(seed=3), formula, data(), steps=12, batch_size=16, checkpoint=tmp_path)), weights(whole)
+    )
+
+
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,12 @@
 """Text <-> objective.
 
-    formula   = sum [ "where" name "=" weight { "," name "=" weight } ]
+    formula   = sum { "with" part } [ "where" name "=" weight { "," name "=" weight } ]
     sum       = product { ("+" | "-") product }
     product   = factor { "*" factor }              at most one factor is a term, the others are weights
     factor    = number | schedule | "auto" | "step" | "epoch" | "progress" | bound name | term | "(" sum ")" | "-" factor
     term      = name [ "(" arguments ")" ] { ".on(" [stream] { name "=" quantity } ")" | ".named(" name ")" }
     arguments = literals, by keyword; or formulas, where the term takes one: constraint(kl, upper=0.5)
+    part      = a piece of the model that it is minimised with: compand(learn=True)
 
 The text is parsed with Python's own grammar (`ast`) into a tree and the tree is read by the rules above; nothing of it is ever evaluated.
 """
@@ -62,18 +63,25 @@ class _Reader:
 
     def objective(self) -> Objective:
         body, bindings = self._split_where()
+        body, *parts = body.split(" with ")
         for name, weight in bindings:
             self.bound[name] = weight
         tree = self._tree(body)
         self.body = body
         result = self._read(tree, 0)
         if isinstance(result, Objective):
-            return result
+            return Objective(result.summands, [*result.parts, *(part_text(part) for part in parts)])
         if isinstance(result, Number) and result == 0:
             return Objective()
         raise FormulaError(
             f"This formula is a weight without a term: {self.given.strip()!r}. Write for instance '{body}*cross_entropy'."
         )
+
+    def weight(self) -> Number | Coefficient:
+        result = self._read(self._tree(self.formula), 0)
+        if isinstance(result, Objective):
+            raise FormulaError(f"This is a term, and a weight was expected: {self.given.strip()!r}.")
+        return result
 
     def _split_where(self) -> tuple[str, list[tuple[str, Number | Coefficient]]]:
         body, where, rest = self.formula.partition(" where ")
@@ -365,6 +373,33 @@ def _literal(value: Any) -> str:
     return f"<{type(value).__name__}>"
 
 
+def part_text(part: str) -> str:
+    """Print a part in one form.
+
+    Raises:
+        FormulaError: no part is called so, or an argument is no literal.
+
+    >>> part_text("compand( learn = True )")
+    'compand(learn=True)'
+    """
+    from poise.parts import parse_part
+
+    name, arguments = parse_part(part)
+    return f"{name}({', '.join(f'{k}={_literal(v)}' for k, v in arguments.items())})" if arguments else name
+
+
+def parse_weight(weight: str) -> Number | Coefficient:
+    """Read a weight alone, such as a schedule: `"2*linear(0, 1, steps=500)"`.
+
+    Raises:
+        FormulaError: the text is no weight.
+
+    >>> str(parse_weight("cosine(1, 0)"))
+    'cosine(1, 0)'
+    """
+    return _Reader(weight, {}).weight()
+
+
 def objective_text(objective: Objective) -> str:
     """Print an objective as a formula that `parse` reads back."""
     pieces: list[tuple[str, bool]] = []
@@ -386,7 +421,7 @@ def objective_text(objective: Objective) -> str:
             pieces.append((f"{scale}constraint({inner}, {weight.module.arguments()})", False))
         else:
             pieces.append(_weighted(first, first.weight))
-    return _sum(pieces) if pieces else "0"
+    return (_sum(pieces) if pieces else "0") + "".join(f" with {part}" for part in objective.parts)
 
 
 def _dual(weight: Number | Coefficient) -> tuple[Number | Coefficient, DualWeight] | None:

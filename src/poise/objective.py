@@ -287,6 +287,8 @@ class Objective(nn.Module):
 
     Args:
         summands: the weighted terms, in the order of the formula.
+        parts: pieces of the model that the objective is to be minimised with, as text ("compand(learn=True)"); `poise.fit`
+            puts them into the model before the first step.
 
     >>> from poise.terms import CrossEntropy, L2
     >>> str(CrossEntropy() + 0.01 * L2())
@@ -295,8 +297,9 @@ class Objective(nn.Module):
 
     __array_ufunc__ = None
 
-    def __init__(self, summands: Iterable[Summand] = ()) -> None:
+    def __init__(self, summands: Iterable[Summand] = (), parts: Iterable[str] = ()) -> None:
         super().__init__()
+        self.parts = tuple(dict.fromkeys(parts))
         merged: dict[tuple[Any, ...], Summand] = {}
         for summand in summands:
             before = merged.get(summand.place)
@@ -432,7 +435,7 @@ class Objective(nn.Module):
         ]
 
     def _like(self, summands: Iterable[Summand]) -> Objective:
-        result = Objective(summands)
+        result = Objective(summands, self.parts)
         result.clock, result.seed = self.clock, self.seed
         return result
 
@@ -456,7 +459,11 @@ class Objective(nn.Module):
             return self
         if isinstance(other, Term):
             other = Objective([Summand(other)])
-        return self._like([*self.summands, *other.summands]) if isinstance(other, Objective) else NotImplemented
+        if not isinstance(other, Objective):
+            return NotImplemented
+        result = Objective([*self.summands, *other.summands], [*self.parts, *other.parts])
+        result.clock, result.seed = self.clock, self.seed
+        return result
 
     def __radd__(self, other: Any) -> Objective:
         if isinstance(other, Number) and other == 0:

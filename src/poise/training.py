@@ -29,6 +29,7 @@ from poise import processes
 from poise.coefficient import Clock, Coefficient
 from poise.errors import CheckpointError, IncompatibleError, InputError, Interrupted, NonFiniteError
 from poise.objective import DataInfo, Objective, Summand, Term
+from poise.parts import apply_part
 from poise.problem import Problem, Step
 from poise.readouts.supervised import Readout, readout_for
 from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
@@ -81,7 +82,7 @@ def fit(
 
     Args:
         model: any module; it is trained in place.
-        objective: an objective, a term or a formula.
+        objective: an objective, a term or a formula; its parts (`"... with compand"`) are put into the model.
         train: tensors by quantity name, `(input, target)`, a data set, a `DataLoader`, a `Stream`, or a mapping of these by stream
             name (`{"main": ..., "anchor": ...}`).
         valid: data of the same form, for metrics after every `validate_every` steps.
@@ -157,8 +158,10 @@ class _Loop:
         self.options = options
         self.device = choose_device(device)
         self.seed, self.precision = seed, precision
-        self.model = model.to(self.device)
         self.objective = _as_objective(objective)
+        handles = [apply_part(model, part) for part in self.objective.parts]
+        options["callbacks"] = [*options["callbacks"], *handles]
+        self.model = model.to(self.device)
         if not self.objective.labels:
             raise InputError(
                 "The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise."

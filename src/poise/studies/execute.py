@@ -23,7 +23,7 @@ import torch
 from poise._version import __version__
 from poise.coefficient import Coefficient
 from poise.errors import CheckpointError, InputError, NonFiniteError, PoiseError, PoiseWarning
-from poise.formula import parse
+from poise.formula import parse, parse_weight
 from poise.solvers.torch_optimizers import TorchOptimizer
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 from poise.training import FitState, Run, fit
@@ -108,16 +108,15 @@ def make_schedule(text: str | None) -> Coefficient | None:
     if not written:
         return None
     try:
-        # The formula language reads schedules as weights, so a term stands in for whatever is weighed.
-        (summand,) = parse(f"({written})*l2").summands
+        weight = parse_weight(written)
     except (PoiseError, ValueError) as error:
         raise InputError(
             f"{text!r} is no learning-rate schedule. Use {', '.join(SCHEDULES)}, or one as in a formula, such as "
             f"'linear(1, 0.1)'. ({error})"
         ) from error
-    if not isinstance(summand.weight, Coefficient):
+    if not isinstance(weight, Coefficient):
         raise InputError(f"{text!r} is no learning-rate schedule but a number; multiply the learning rate instead.")
-    return summand.weight
+    return weight
 
 
 def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | None) -> RunRecord:
