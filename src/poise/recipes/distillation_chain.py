@@ -165,9 +165,8 @@ def distillation_chain(
             differ by their objectives alone and the estimate is not blurred by luck; False draws both anew for each
             step.
         seed: decides initial weights and data order.
-        **options: handed to `poise.fit` (`epochs`, `lr`, `solver`, `batch_size`, `transform`, ...); `checkpoint` gets
-        a folder
-            for each training, so that a stopped chain resumes where it was.
+        **options: handed to `poise.fit` (`epochs`, `lr`, `solver`, `batch_size`, `transform`, ...); `checkpoint`
+            gets a folder for each training, so that a stopped chain resumes where it was.
 
     Returns:
         `Chain`. It ends early where the estimate asks for labels alone (a share of 1): distilling would not help.
