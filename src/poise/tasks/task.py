@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.data.label_noise import flip_labels
-from poise.errors import InputError
+from poise.errors import InputError, NonFiniteError
 from poise.quantities import derive
 from poise.tasks.models import build_model
 from poise.tasks.preprocessing import ArrayPreprocessor, Layout, Preprocessor, TablePreprocessor, fit_preprocessor
@@ -107,7 +107,13 @@ class Split:
             target: as in this split's parts.
         Returns:
             accuracy, macro_f1, nll, ece; or rmse, mae (in the label's unit) and r2.
+        Raises:
+            NonFiniteError: the model's outputs are not finite, so nothing can be measured.
         """
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(
+                "The model's outputs became NaN or infinite, so it cannot be measured. Use a lower learning rate or smaller weights."
+            )
         return measure(self.in_units(output), self.in_units(target), self.classes)
 
 
