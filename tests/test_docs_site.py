@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_the_list_of_papers_has_seventy_rows_and_links_the_pages_that_exist() ->
     assert len(text.splitlines()) == 72
     for path in (ROOT / "docs" / "papers").glob("[0-9]*.md"):
         assert f"]({path.name})" in text
+
+
+def test_every_formula_that_the_advice_names_parses() -> None:
+    from poise import parse
+
+    for page in (ROOT / "docs" / "how-to-choose.md", ROOT / "README.md"):
+        rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+        advice = [row.split("|")[2] for row in rows if row.count("|") >= 3]
+        formulas = [text for cell in advice for text in re.findall(r"`([^`]+)`", cell) if not text.startswith("--")]
+        assert formulas
+        for text in formulas:
+            parse(text, **({"a": 0.5} if "(1-a)" in text else {}))
 
 
 def test_a_doctest_is_fenced_wherever_it_stands() -> None:
