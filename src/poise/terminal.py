@@ -113,7 +113,8 @@ class Terminal:
             return
         from rich.live import Live
 
-        with Live(console=self.err, transient=True, refresh_per_second=4) as live:
+        waiting = Text("Loading the data and starting the workers ...", style="dim")
+        with Live(waiting, console=self.err, transient=True, refresh_per_second=4) as live:
 
             def show(now: StudyProgress) -> None:
                 if now.message:
