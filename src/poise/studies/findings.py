@@ -330,7 +330,7 @@ def _failed(plan: Plan) -> tuple[FailedRun, ...]:
 
 def _title(plan: Plan, task: TaskSummary) -> str:
     count, noise = len(plan.formulas), plan.config.data.label_noise
-    data = f"{task.name} with {100 * noise:g} % wrong labels" if noise else task.name
+    data = f"{task.name} with {100 * noise:g} % label noise" if noise else task.name
     return f"{count} formulas on {data}" if count > 1 else f"{plan.formulas[0]} on {data}"
 
 
