@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from poise.claims import Claim, Finding, Progress
 from poise.insight.weights import weight_drop_robustness, weight_report
-from poise.parts.companding import compand
 from poise.parameter_groups import parameter_groups
+from poise.parts.companding import compand
 from poise.solvers.projection import ClampWeights
 from poise.solvers.torch_optimizers import TorchOptimizer
 from poise.studies.intervals import Estimate, t_interval

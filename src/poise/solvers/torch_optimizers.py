@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from poise.errors import InputError, nearest
 from poise.objective import Objective
-from poise.problem import Certificate, Problem, Step
 from poise.parameter_groups import asked_for
+from poise.problem import Certificate, Problem, Step
 
 _NAMES = {
     "adadelta": "Adadelta",
