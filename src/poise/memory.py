@@ -93,25 +93,27 @@ class PerExampleMemory(nn.Module):
         """
         if not self.examples or index.dtype != torch.int64 or index.ndim != 1:
             self._check(index)
-        ticket = torch.arange(len(index), device=index.device)
-        drawn = torch.empty_like(self.visits)
-        try:
-            won = drawn.index_copy_(0, index, ticket).index_select(0, index)
-        except (IndexError, RuntimeError):
-            self._check(index)
-            raise
+        visits = self._select(self.visits, index) + 1
         rows = rows.detach().to(self.values.dtype)
-        if index.device.type != "cpu":
-            # Where duplicates cannot be seen without waiting for the device, the row of the winning ticket is stored: one row, whole.
+        if index.device.type == "cpu":
+            self.visits.index_add_(0, index, torch.ones_like(index))
+            if not torch.equal(self.visits.index_select(0, index), visits):
+                self.visits.index_add_(0, index, torch.ones_like(index), alpha=-1)
+                self._refuse_duplicates(index)
+        else:
+            # Duplicates cannot be seen without waiting for the device: the row of one of them is stored, whole, and counted once.
+            ticket = torch.arange(len(index), device=index.device)
+            won = torch.empty_like(self.visits).index_copy_(0, index, ticket).index_select(0, index)
             rows = rows.index_select(0, won)
-        elif not torch.equal(won, ticket):
-            twice = [int(i) for i, n in zip(*torch.unique(index, return_counts=True), strict=True) if n > 1]
-            raise QuantityError(
-                f"The index {twice[0]} stands more than once in one step, so it is not defined which of its rows is remembered. "
-                "Sample without replacement within a step."
-            )
+            self.visits.index_copy_(0, index, visits)
         self.values.index_copy_(0, index, rows)
-        self.visits.index_copy_(0, index, self.visits.index_select(0, index) + 1)
+
+    def _refuse_duplicates(self, index: Tensor) -> None:
+        twice = [int(i) for i, n in zip(*torch.unique(index, return_counts=True), strict=True) if n > 1]
+        raise QuantityError(
+            f"The index {twice[0]} stands more than once in one step, so it is not defined which of its rows is remembered. "
+            "Sample without replacement within a step."
+        )
 
     def _select(self, table: Tensor, index: Tensor) -> Tensor:
         if not self.examples:

@@ -19,7 +19,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from poise.quantities import CATALOGUE, CLOCK, Streams, check, derive, describe,
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(@[A-Za-z_][A-Za-z0-9_]*)?(#[0-9]+)?\Z")
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """What a term returns when it has more to say than its values.
 
@@ -50,6 +50,11 @@ class Value:
     surrogate: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but values and by-products."""
+        return self.surrogate is None and self.active
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class Evaluation:
     terms: dict[str, TermReport]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Part:
     """One term's contribution to one micro-batch."""
 
@@ -257,12 +262,20 @@ class _Entry:
         self.stream, self.weight, self.auxiliary = summand.stream, summand.weight, summand.auxiliary
         self.forward_reads = self._plan(term.forward, renames, skipped)
         self.count_reads = self._plan(term.count, renames, skipped) if term.count is not None else None
+        # Padding rows are left out before `advance`, so it has no use for `sample_weight`, which only some processes may have.
+        skipped = (*skipped, "sample_weight")
         self.advance_reads = self._plan(term.advance, renames, skipped) if term.advance is not None else ()
         self.stochastic = term.stochastic or any(name == "model" for name, _, _ in self.forward_reads)
         self.expects = {
             p.name: term.expects.get(p.name, CATALOGUE.get(p.name, ("", ""))[0]) for p in _parameters_of(term.forward)
         }
         self.checked: set[Any] = set()
+        # Only a term that reads what another publishes can close a circle.
+        self.crosses = any("." in name for _, name, _ in self.forward_reads)
+        # Most terms: one number of a weight, every example counts once, no random numbers.
+        self.plain = isinstance(summand.weight, Number) and not (
+            summand.auxiliary or self.count_reads or self.stochastic
+        )
 
     def _plan(
         self, function: Callable[..., Any], renames: dict[str, str], skipped: tuple[str, ...]
@@ -277,6 +290,19 @@ class _Entry:
                         + nearest(name, known)
                     )
         return tuple((p.name, renames.get(p.name, p.name), p.optional) for p in found if p.name not in skipped)
+
+
+@dataclass(slots=True)
+class _Live:
+    """What changes at every step, outside `nn.Module`, whose assignments are slow.
+
+    Only the clock is saved and copied; the rest belongs to the running step and to the optimiser that is followed.
+    """
+
+    clock: Clock = field(default_factory=Clock)
+    pending: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    followed: bool = False
+    steps_seen: int = 0
 
 
 class Objective(nn.Module):
@@ -316,10 +342,8 @@ class Objective(nn.Module):
                 module = getattr(leaf, "module", None)
                 if module is not None and all(module is not m for m in self.coefficients.values()):
                     self.coefficients[entry.label] = module
-        self.clock = Clock()
+        self._live = _Live()
         self.seed = 0
-        self._followed = False
-        self._pending: dict[Any, dict[str, Any]] = {}
         self._stateful = any(
             e.advance_reads or e.stochastic or any(leaf.moves for leaf in leaves_of(e.weight)) for e in self._entries
         )
@@ -327,7 +351,6 @@ class Objective(nn.Module):
         self._duals = tuple(
             e for e in self._entries if any(getattr(x, "module", None) is not None for x in leaves_of(e.weight))
         )
-        self._steps_seen = 0
 
     def _label(self) -> list[str]:
         """Name every summand: its own name, numbered where several share one."""
@@ -341,6 +364,15 @@ class Objective(nn.Module):
             seen[name] = seen.get(name, 0) + 1
             labels.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
         return labels
+
+    @property
+    def clock(self) -> Clock:
+        """Where the run stands."""
+        return self._live.clock
+
+    @clock.setter
+    def clock(self, clock: Clock) -> None:
+        self._live.clock = clock
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -581,8 +613,13 @@ class Objective(nn.Module):
         return parts
 
     def _part(self, entry: _Entry, state: _State, denominator: tuple[float | Tensor, int] | None) -> _Part:
-        source = state.source(entry)
-        weight: float | Tensor = 1.0 if entry.auxiliary else value_of(entry.weight, self.clock)
+        source = state.sources.get(entry.stream)
+        if entry.plain and denominator is None and source is not None:
+            values = state.value(entry).values
+            # The general rule below, for the case that every step of most objectives is.
+            if values.ndim == 1 and "sample_weight" not in source and state.done[entry.label].is_plain:
+                return _Part(values.mean(), entry.weight, values, True)  # type: ignore[arg-type]
+        weight: float | Tensor = 1.0 if entry.auxiliary else value_of(entry.weight, self._live.clock)
         if source is None:
             return _Part(torch.zeros(()), weight, None, active=False)
         value = state.value(entry)
@@ -684,7 +721,7 @@ class Objective(nn.Module):
 
         inner.zero_grad = zero_grad
         inner.register_step_post_hook(lambda *_: self.advance())
-        self._followed = True
+        self._live.followed = True
         return self
 
     def advance(self) -> None:
@@ -692,14 +729,14 @@ class Objective(nn.Module):
 
         Every process must call it; what the terms read is concatenated over micro-batches and processes first.
         """
-        waiting = list(self._pending.values())
-        self._pending = {}
-        self._steps_seen = 0
+        live = self._live
+        waiting, live.pending, live.steps_seen = list(live.pending.values()), {}, 0
         with torch.no_grad():
             for entry in self._recorded:
                 self._advance_term(entry, [w["reads"][entry.label] for w in waiting if entry.label in w["reads"]])
             self._advance_duals(waiting)
-        self.clock = replace(self.clock, step=self.clock.step + 1)
+        clock = live.clock
+        live.clock = Clock(clock.step + 1, clock.steps, clock.steps_per_epoch)
 
     def _advance_term(self, entry: _Entry, records: list[dict[str, Any]]) -> None:
         everywhere = processes.size() > 1
@@ -739,9 +776,10 @@ class Objective(nn.Module):
         self, sources: Mapping[str | None, Mapping[str, Any]], parts: Mapping[str, _Part], total: Tensor
     ) -> None:
         """Keep what `advance` will read, the first time that these data are evaluated in this step."""
-        if not self._followed:
+        if not self._live.followed:
             self._watch()
-        self.record(_identity(sources), sources, parts, total)
+        held = _data(sources)
+        self.record(_addresses(held), sources, parts, total, held=held)
 
     def record(
         self,
@@ -750,11 +788,18 @@ class Objective(nn.Module):
         parts: Mapping[str, Any],
         total: Tensor | None = None,
         denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
+        held: Sequence[Tensor] = (),
     ) -> None:
-        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step."""
-        if key in self._pending:
+        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step.
+
+        Args:
+            total: what the user differentiates; `zero_grad` of a followed optimiser asks it whether that has happened.
+            held: tensors whose addresses are the key; they are kept so that the addresses are not used again within the step.
+        """
+        pending = self._live.pending
+        if key in pending:
             return
-        waiting: dict[str, Any] = {"reads": {}, "values": {}, "used": False, "data": key}
+        waiting: dict[str, Any] = {"reads": {}, "values": {}, "total": None, "held": held}
         state = _State(self, sources, None)
         for entry in self._recorded:
             source = state.source(entry)
@@ -766,30 +811,28 @@ class Objective(nn.Module):
             if part is not None and part.active:
                 share = torch.ones(()) if denominators is None else _share_of(denominators[entry.label])
                 waiting["values"][entry.label] = (part.reduced.detach(), share)
-        # Holding the data keeps their addresses, which are the key, from being used again within the step.
-        waiting["held"] = (
-            [v for source in sources.values() for v in source.values() if isinstance(v, Tensor) and not v.requires_grad]
-            if isinstance(key, tuple)
-            else []
-        )
-        if total is not None and total.requires_grad:
-            total.register_hook(lambda _: waiting.__setitem__("used", True))  # type: ignore[no-untyped-call]
-        self._pending[key] = waiting
+        if self._live.followed and total is not None and total.requires_grad:
+            # A gradient that is kept says, without a hook in Python, whether backward came by.
+            total.retain_grad()
+            waiting["total"] = total
+        pending[key] = waiting
 
     def discard(self) -> None:
         """Forget what waits for `advance`: the step was skipped."""
-        self._pending = {}
+        self._live.pending = {}
 
     def _forget_used(self) -> None:
-        self._pending = {k: w for k, w in self._pending.items() if not w["used"]}
+        self._live.pending = {
+            k: w for k, w in self._live.pending.items() if w["total"] is None or w["total"].grad is None
+        }
 
     def _watch(self) -> None:
         if not _COUNTER.installed:
             register_optimizer_step_post_hook(_COUNTER.count)
             _COUNTER.installed = True
-        if not self._pending:
-            self._steps_seen = _COUNTER.steps
-        elif _COUNTER.steps - self._steps_seen >= 2:
+        if not self._live.pending:
+            self._live.steps_seen = _COUNTER.steps
+        elif _COUNTER.steps - self._live.steps_seen >= 2:
             raise StateError(
                 f"The objective {self} has state that moves with the optimiser (memories, schedules, multipliers or random "
                 "numbers), an optimiser has made several steps, and nobody has advanced it. Call objective.follow(optimizer) once "
@@ -798,7 +841,7 @@ class Objective(nn.Module):
 
     def waits(self) -> bool:
         """Whether something waits for `advance`."""
-        return bool(self._pending)
+        return bool(self._live.pending)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -844,7 +887,7 @@ class Objective(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_pending"], state["_followed"], state["_steps_seen"] = {}, False, 0
+        state["_live"] = _Live(self._live.clock)
         return state
 
 
@@ -877,13 +920,18 @@ class _State:
         return self.sources.get(entry.stream)
 
     def value(self, entry: _Entry) -> Value:
-        if entry.label not in self.done:
-            if entry.label in self.running:
-                raise QuantityError(f"Terms read each other in a circle: {' -> '.join([*self.running, entry.label])}.")
-            self.running.append(entry.label)
-            self.done[entry.label] = self._run(entry)
-            self.running.pop()
-        return self.done[entry.label]
+        found = self.done.get(entry.label)
+        if found is not None:
+            return found
+        if not entry.crosses:
+            found = self.done[entry.label] = self._run(entry)
+            return found
+        if entry.label in self.running:
+            raise QuantityError(f"Terms read each other in a circle: {' -> '.join([*self.running, entry.label])}.")
+        self.running.append(entry.label)
+        found = self.done[entry.label] = self._run(entry)
+        self.running.pop()
+        return found
 
     def _run(self, entry: _Entry) -> Value:
         source = self.sources[entry.stream]
@@ -908,8 +956,8 @@ class _State:
         key: tuple[int, ...] | None = getattr(source, "key", None)
         if key is not None:
             return key
-        pending = self.objective._pending
-        identity = _identity(self.sources)
+        pending = self.objective._live.pending
+        identity = _addresses(_data(self.sources))
         micro = list(pending).index(identity) if identity in pending else len(pending)
         return (self.objective.seed, self.objective.clock.step, micro, processes.rank())
 
@@ -994,14 +1042,15 @@ def _share_of(denominator: tuple[float | Tensor, int]) -> Tensor:
     return torch.ones(()) / denominator[1]
 
 
-def _identity(sources: Mapping[str | None, Mapping[str, Any]]) -> tuple[Any, ...]:
+def _addresses(data: Sequence[Tensor]) -> tuple[Any, ...]:
     """Recognise a micro-batch by the addresses of its data, so that a repeated closure is not taken for another one."""
-    return tuple(
-        (v.data_ptr(), v.shape)
-        for source in sources.values()
-        for v in source.values()
-        if isinstance(v, Tensor) and not v.requires_grad
-    )
+    return tuple((v.data_ptr(), v.shape) for v in data)
+
+
+def _data(sources: Mapping[str | None, Mapping[str, Any]]) -> list[Tensor]:
+    """Return the tensors of the sources that nothing is differentiated by; a stream under two names counts once."""
+    unique = {id(source): source for source in sources.values()}.values()
+    return [v for source in unique for v in source.values() if isinstance(v, Tensor) and not v.requires_grad]
 
 
 def _counting_rows(arguments: dict[str, Any], weight: Tensor | None) -> dict[str, Any]:

@@ -369,7 +369,10 @@ def test_derivatives_by_transforms_leave_nothing_behind() -> None:
 def test_a_padding_duplicate_is_not_a_visit() -> None:
     padded, plain, logits = bound(), bound(), random_logits(4)
     visit(plain, logits[:3], torch.tensor([0, 1, 2]))
-    visit(padded, logits, torch.tensor([0, 1, 2, 0]), sample_weight=torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    objective = 1 * padded
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    objective(logits=logits.clone().requires_grad_(), index=torch.tensor([0, 1, 2, 0]), sample_weight=weight)
+    objective.advance()
     assert torch.equal(padded.targets(), plain.targets())
     assert torch.equal(padded.memory.visits, plain.memory.visits)
 

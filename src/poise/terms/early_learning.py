@@ -200,15 +200,11 @@ class EarlyLearning(Term):
         logits: Tensor,
         index: Tensor,
         teacher_probabilities: Tensor | None = None,
-        sample_weight: Tensor | None = None,
     ) -> None:
-        """Store the updated targets of the rows that count; a padding duplicate (weight 0) is not a visit."""
+        """Store the updated targets."""
         t = self._ahead.take(self._decisive(logits, index, teacher_probabilities))
         if t is None:
             t = self._updated(self._probabilities(logits), index, teacher_probabilities)
-        if sample_weight is not None:
-            counted = sample_weight > 0
-            t, index = t[counted], index[counted]
         if self.remembered_classes is None:
             self.memory.write(index, t)
         else:
