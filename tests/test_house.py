@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 """Rooms that stand on the files of the root, on themselves, and on what is named here."""
 # The catalogue of terms is what a formula means, and a readout is what a problem runs: the root reads both.
-ROOT_MAY_IMPORT = {"terms", "weights", "solvers", "readouts", "parts"}
+ROOT_MAY_IMPORT = {"terms", "weights", "solvers", "readouts", "parts", "metrics"}
 HEAVY = {
     "pandas",
     "scipy",

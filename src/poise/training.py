@@ -28,6 +28,7 @@ from poise import checkpoint as checkpoints
 from poise import processes
 from poise.coefficient import Clock, Coefficient
 from poise.errors import CheckpointError, IncompatibleError, InputError, Interrupted, NonFiniteError
+from poise.metrics import rises
 from poise.objective import DataInfo, Objective, Summand, Term
 from poise.parts import apply_part
 from poise.problem import Problem, Step
@@ -102,7 +103,7 @@ def fit(
         metrics: `metrics(output, target)` on the whole of `valid`; by default accuracy and negative log-likelihood, or RMSE and MAE.
         validate_every: in steps; one epoch by default.
         monitor: metric that early stopping and the best model go by; "accuracy" or "rmse" by default. Falling is better for names that
-            contain loss, nll, rmse, mae, error or ece.
+            contain loss, nll, rmse, mae, error, ece and the like (`poise.metrics.FALLING`).
         patience: stop after so many validations without a better `monitor`.
         restore_best: return the model of the best validation.
         on_nonfinite: "stop" raises at once; "skip" leaves the step out and counts it.
@@ -191,7 +192,7 @@ class _Loop:
             self.model, self.objective, History(), steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
         self.window = Window()
-        self.rising = not any(word in self._monitor() for word in ("loss", "nll", "rmse", "mae", "error", "ece"))
+        self.rising = rises(self._monitor())
         self.folder = None if options["checkpoint"] is None else Path(options["checkpoint"])
         self.interrupted = False
 

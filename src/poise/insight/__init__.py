@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 # At once, because the function and its file share a name and the function is what users mean.
 from poise.insight.distillation_spectrum import distillation_spectrum
+from poise.lazy import load
 
 _HOME: dict[str, str] = {
     "DistillationReport": "distillation_spectrum",
@@ -39,11 +39,7 @@ __all__ = ["distillation_spectrum", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'poise.insight' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"poise.insight.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

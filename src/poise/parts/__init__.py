@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import FormulaError, InputError, nearest
+from poise.lazy import load
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,11 +104,7 @@ def apply_part(model: nn.Module, text: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'poise.parts' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"poise.parts.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from poise.lazy import load
 
 # At once, because the function and its file share a name and the function is what users mean.
 from poise.recipes.distillation_chain import distillation_chain
@@ -22,11 +23,7 @@ __all__ = ["distillation_chain", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'poise.recipes' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"poise.recipes.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

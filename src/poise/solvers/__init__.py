@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from poise.lazy import load
 from poise.parameter_groups import parameter_groups
 
 _HOME: dict[str, str] = {
@@ -24,11 +24,7 @@ __all__ = ["parameter_groups", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'poise.solvers' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"poise.solvers.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return load(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

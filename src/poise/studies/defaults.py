@@ -62,9 +62,11 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     epochs = given.epochs
     if epochs is None and given.steps is None:
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / math.ceil(train / batch_size))))
+    from poise.tasks.models import choose_model
+
     return given.model_copy(
         update={
-            "model": resolve_model(given.model, task),
+            "model": choose_model(given.model, task.input_shape),
             "model_code": model_code(given),
             "solver": solver,
             "solver_options": options if given.solver_options is None else given.solver_options,
@@ -74,13 +76,6 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
             "device": resolve_device(given.device),
         }
     )
-
-
-def resolve_model(model: str, task: Task) -> str:
-    """Return the model that `auto` stands for: `cnn` for images, else `mlp`; as `Task.model` chooses."""
-    if model != "auto":
-        return model
-    return "cnn" if len(task.input_shape) == 3 else "mlp"
 
 
 def model_code(given: TrainingConfig) -> str:

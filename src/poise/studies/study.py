@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from poise.errors import InputError, StoreError, nearest
+from poise.metrics import rises
 from poise.studies.config import StudyConfig, build_config, read_config
 from poise.studies.engine import Engine, LocalEngine, RunEvent
 from poise.studies.findings import summarize
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 STORE, TOML, CHECKPOINTS = "study.sqlite", "study.toml", "checkpoints"
 METRICS_OF = {"classification": ("accuracy", "macro_f1", "nll", "ece"), "regression": ("rmse", "mae", "r2")}
-RISING = frozenset({"accuracy", "macro_f1", "r2"})
 # Progress inside runs is passed on at most this often; the end of a run always is.
 _SECONDS_BETWEEN_REPORTS = 0.25
 
@@ -559,7 +559,7 @@ def _describe(task: Task, metric: str | None) -> TaskSummary:
             f"There is no metric {metric!r} for {task.target_type}.{nearest(metric, known)} The metrics are {', '.join(known)}."
         )
     primary = metric or task.primary
-    direction: Literal["max", "min"] = "max" if primary in RISING else "min"
+    direction: Literal["max", "min"] = "max" if rises(primary) else "min"
     return TaskSummary(
         name=task.name,
         source=task.source,

@@ -5,8 +5,9 @@ The functions `poise.constraint` and `poise.auto` share their names with files h
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from poise.lazy import load
 
 _HOME = {
     "linear": "schedule",
@@ -24,6 +25,4 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'poise.weights' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"poise.weights.{_HOME[name]}"), name)
+    return load(__name__, _HOME, name)
