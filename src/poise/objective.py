@@ -343,6 +343,7 @@ class Objective(nn.Module):
                 if module is not None and all(module is not m for m in self.coefficients.values()):
                     self.coefficients[entry.label] = module
         self._live = _Live()
+        self._plans: dict[str | None, frozenset[str]] = {}
         self.seed = 0
         self._stateful = any(
             e.advance_reads or e.stochastic or any(leaf.moves for leaf in leaves_of(e.weight)) for e in self._entries
@@ -392,13 +393,16 @@ class Objective(nn.Module):
 
     def plan(self, stream: str | None = None) -> frozenset[str]:
         """Return the quantities that terms on `stream` read or may read: what a readout is told to prepare."""
+        if stream in self._plans:
+            return self._plans[stream]
         reads: set[str] = set()
         for e in self._entries:
             if e.stream == stream:
                 reads.update(
                     q for _, q, _ in (*e.forward_reads, *(e.count_reads or ()), *e.advance_reads) if self._is_outside(q)
                 )
-        return frozenset(reads)
+        self._plans[stream] = frozenset(reads)
+        return self._plans[stream]
 
     def _is_outside(self, quantity: str) -> bool:
         return quantity not in CLOCK and quantity.rpartition(".")[0] not in self.terms

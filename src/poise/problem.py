@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 OWN = "objective."
 """Prefix of the objective's own parameters in gradients, so that they cannot be taken for the model's."""
+
+
+def named_parameters_of(model: nn.Module, objective: Objective) -> list[tuple[str, nn.Parameter]]:
+    """List the model's parameters by name, and the objective's own under the prefix `objective.`."""
+    return [*model.named_parameters(), *((OWN + n, p) for n, p in objective.named_parameters())]
 
 
 class ModelView:
@@ -65,8 +70,7 @@ class ModelView:
         return own if self.at is None else {name: self.at.get(name, p) for name, p in own.items()}
 
 
-@dataclass(frozen=True)
-class TermStep:
+class TermStep(NamedTuple):
     """What one term was worth in one step: value and weight (0-dim tensors or numbers), and whether it acted."""
 
     value: Tensor
@@ -194,6 +198,7 @@ class Problem:
         device: where the data are.
         autocast: a context for forward passes.
         record: keep what `advance` needs at the first evaluation.
+        named: the parameters of model and objective by name, as `named_parameters_of` lists them, where a loop knows them already.
     """
 
     def __init__(
@@ -207,14 +212,15 @@ class Problem:
         device: torch.device | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         record: bool = True,
+        named: Sequence[tuple[str, nn.Parameter]] | None = None,
     ) -> None:
         self.model, self.objective, self.batches, self.readout = model, objective, batches, readout
         self.key, self.device, self.autocast, self.record = key, device, autocast, record
+        self.named = named
         self.step = Step(torch.zeros(()), evaluations=0)
         self.latest_value = self.step.value
         self._alone = len(batches) == 1 and processes.size() == 1
-        if not self._alone:
-            self._refuse_couples()
+        self._denominators = None if self._alone else self._count()
 
     def _refuse_couples(self) -> None:
         for label, term in self.objective.terms.items():
@@ -225,11 +231,9 @@ class Problem:
                     "is not that of one big batch. Use one process and accumulate=1."
                 )
 
-    @cached_property
-    def _denominators(self) -> dict[str, tuple[float | Tensor, int]] | None:
-        """Sums of counts over micro-batches and processes, from data alone, and the number of evaluations."""
-        if self._alone:
-            return None
+    def _count(self) -> dict[str, tuple[float | Tensor, int]]:
+        """Return sums of counts over micro-batches and processes, from data alone, and the number of evaluations."""
+        self._refuse_couples()
         labels = self.objective.labels
         local = torch.zeros(len(labels) + 1, dtype=torch.float64)
         for batch in self.batches:
@@ -317,9 +321,8 @@ class Problem:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: the model's parameters, and the objective's own under the prefix `objective.`."""
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        own = {OWN + n: p for n, p in self.objective.named_parameters() if p.requires_grad}
-        return {**trained, **own}
+        named = named_parameters_of(self.model, self.objective) if self.named is None else self.named
+        return {n: p for n, p in named if p.requires_grad}
 
     # `latest_value` is the objective where the last gradient was taken, for line searches that want both.
     def gradient(

@@ -190,19 +190,15 @@ class Quantities(Mapping[str, Any]):
         key: tuple[int, ...] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._values: dict[str, Any] = dict(values or {})
+        self._values: dict[str, Any] = dict(values) if values else {}
         self._makers: dict[str, Callable[[], Any]] = {}
         self._running: list[str] = []
-        self.data_names = frozenset(self._values)
         self.key = key
         self.device = device
         self._grad = torch.is_grad_enabled()
-        kind = device.type if device is not None else "cpu"
-        self._autocast = (
-            kind,
-            torch.is_autocast_enabled(kind),
-            torch.get_autocast_dtype(kind) if kind != "mps" else None,
-        )
+        self._kind = device.type if device is not None else "cpu"
+        self._autocast = torch.is_autocast_enabled(self._kind)
+        self._dtype = torch.get_autocast_dtype(self._kind) if self._autocast else None
 
     def offer(self, name: str, make: Callable[[], Any]) -> None:
         """Offer a value that `make` computes when somebody first reads it."""
@@ -228,11 +224,13 @@ class Quantities(Mapping[str, Any]):
         return value
 
     def _compute(self, name: str, make: Callable[[], Any]) -> Any:
-        kind, enabled, dtype = self._autocast
-        with torch.set_grad_enabled(self._grad):
-            if enabled != torch.is_autocast_enabled(kind):
-                with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                    return self._draw(name, make)
+        # The modes of now are most often those of the creation; entering them again would cost more than asking.
+        if self._grad == torch.is_grad_enabled() and self._autocast == torch.is_autocast_enabled(self._kind):
+            return self._draw(name, make)
+        with (
+            torch.set_grad_enabled(self._grad),
+            torch.autocast(self._kind, dtype=self._dtype, enabled=self._autocast),
+        ):
             return self._draw(name, make)
 
     def _draw(self, name: str, make: Callable[[], Any]) -> Any:

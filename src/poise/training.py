@@ -31,7 +31,7 @@ from poise.errors import CheckpointError, IncompatibleError, InputError, Interru
 from poise.metrics import rises
 from poise.objective import DataInfo, Objective, Summand, Term
 from poise.parts import apply_part
-from poise.problem import Problem, Step
+from poise.problem import Problem, Step, named_parameters_of
 from poise.readouts.supervised import Readout, readout_for
 from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
 from poise.solvers.torch_optimizers import as_solver
@@ -187,6 +187,7 @@ class _Loop:
         self.objective.bind(infos, steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         self.objective.to(self.device)
         self.solver = self._prepare_solver(solver)
+        self.named = named_parameters_of(self.model, self.objective)
         self.scheduler = self._prepare_schedule()
         self.state = FitState(
             self.model, self.objective, History(), steps=self.steps, steps_per_epoch=self.steps_per_epoch
@@ -361,6 +362,7 @@ class _Loop:
             self.objective,
             batches,
             self.readout,
+            named=self.named,
             key=(self.seed, state.step),
             device=self.device,
             autocast=self._autocast,

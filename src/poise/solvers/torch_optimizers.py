@@ -134,7 +134,9 @@ class TorchOptimizer:
             optimizer.step(_Closure(self, problem))
         else:
             optimizer.step()
-        optimizer.zero_grad()
+        # The next gradient is new memory: the old one goes first.
+        for parameter in problem.parameters.values():
+            parameter.grad = None
         return problem.step
 
     def _place(self, problem: Problem) -> Tensor | None:
