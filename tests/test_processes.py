@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import poise
 from poise import processes
+from two_processes import on_two
 
 FORMULA = "cross_entropy + 0.5*early_learning(beta=0.6) + 0.01*l2 + constraint(confidence_penalty, upper=-1.2, lr=0.5)"
 ROWS, BATCH, CLASSES = (
@@ -47,27 +45,11 @@ def train(accumulate: int, formula: str = FORMULA, clip: float | None = None) ->
     return {**model.state_dict(), **state, "loss": torch.tensor(run.history["loss"])}
 
 
-def work(rank: int, size: int, folder: str, accumulate: int, formula: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    try:
-        torch.save(train(accumulate, formula), f"{folder}/{rank}.pt")
-    except Exception as error:
-        Path(folder, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
-
-
-def on_two(folder: Path, accumulate: int, formula: str = FORMULA) -> None:
-    mp.spawn(work, args=(2, str(folder), accumulate, formula), nprocs=2)
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_two_processes_train_as_one_with_a_stateful_term_and_an_uneven_last_batch(
     tmp_path: Path, accumulate: int
 ) -> None:
-    on_two(tmp_path, accumulate)
-    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    first, second = on_two(train, tmp_path, accumulate)
     one = train(1)
     assert first.keys() == one.keys()
     for name, value in one.items():
@@ -77,9 +59,7 @@ def test_two_processes_train_as_one_with_a_stateful_term_and_an_uneven_last_batc
 
 
 def test_a_term_that_couples_examples_is_refused_by_name_on_two_processes(tmp_path: Path) -> None:
-    on_two(tmp_path, 1, "cross_entropy + spread_of_batch")
-    for rank in range(2):
-        message = (tmp_path / f"{rank}.txt").read_text()
+    for message in on_two(train, tmp_path, 1, "cross_entropy + spread_of_batch"):
         assert message.startswith("IncompatibleError: spread_of_batch")
         assert "several processes" in message
 

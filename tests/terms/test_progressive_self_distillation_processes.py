@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import poise
+from two_processes import on_two
 
 FORMULAS = ("progressive_self_distillation", "progressive_self_distillation(teacher='snapshot')")
 
@@ -27,19 +25,12 @@ def train(formula: str) -> dict[str, Tensor]:
     return {**model.state_dict(), **{k: v for k, v in objective.state_dict().items() if isinstance(v, Tensor)}}
 
 
-def work(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        torch.save([train(formula) for formula in FORMULAS], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def train_all() -> list[dict[str, Tensor]]:
+    return [train(formula) for formula in FORMULAS]
 
 
 def test_two_processes_end_with_the_weights_and_the_memory_of_one(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    firsts, seconds = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    firsts, seconds = on_two(train_all, tmp_path)
     for formula, first, second in zip(FORMULAS, firsts, seconds, strict=True):
         alone = train(formula)
         assert first.keys() == alone.keys()
