@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import poise
-from benchmarks.harness import Ratio, paired
+from benchmarks.harness import Ratio, one_thread, paired
 
 BATCH, CLASSES = 128, 10
 FORMULA = "cross_entropy + 0.1*confidence_penalty + 0.01*label_smoothing"
@@ -76,9 +76,5 @@ def loop_against_hand(repeats: int) -> Ratio:
 
 
 def run(quick: bool) -> list[Ratio]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return [objective_against_hand(15 if quick else 41), loop_against_hand(5 if quick else 15)]
-    finally:
-        torch.set_num_threads(threads)

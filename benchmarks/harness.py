@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +81,21 @@ def paired(first: Callable[[], object], second: Callable[[], object], repeats: i
             ones.append(seconds(first))
     ratios = [a / b for a, b in zip(ones, twos, strict=True)]
     return Paired(statistics.median(ratios), statistics.median(ones), statistics.median(twos), repeats)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold PyTorch and the linear algebra of NumPy and SciPy to one thread, so that both sides of a ratio have the same."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds(call: Callable[[], object]) -> float:
