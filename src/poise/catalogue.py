@@ -31,7 +31,7 @@ class Entry:
     """One name of the formula language: what it is (`term` or `weight`), where (`module:Name`), what it does."""
 
     name: str
-    kind: str
+    kind: str  # "term", "weight" or "part"
     home: str
     summary: str
 
@@ -43,10 +43,11 @@ def entries() -> list[Entry]:
         >>> [entry.kind for entry in entries() if entry.name == "cross_entropy"]
         ['term']
     """
-    from poise.terms import CATALOGUE
+    from poise.parts import CATALOGUE as PARTS
+    from poise.terms import CATALOGUE as TERMS
 
-    listed = [Entry(name, "term", home, summary_of(home)) for name, home in sorted(CATALOGUE.items())]
-    return listed + [Entry(name, "weight", home, summary_of(home)) for name, home in WEIGHTS.items()]
+    kinds = (("term", dict(sorted(TERMS.items()))), ("weight", WEIGHTS), ("part", PARTS))
+    return [Entry(name, kind, home, summary_of(home)) for kind, names in kinds for name, home in names.items()]
 
 
 def summary_of(home: str) -> str:
