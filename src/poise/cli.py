@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -118,7 +119,16 @@ Deterministic = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            # An interrupt that comes while Python makes a class from text, as dataclasses do during imports, leaves a mark by
+            # which the interpreter would end itself with the signal, whatever the exit code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
 
 
 def command(body: Callable[P, int]) -> Callable[P, None]:
