@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,32 @@ class SpreadOfBatch(poise.Term):
 
     def forward(self, logits):
         return logits.var(0).sum()
+
+
+LAUNCHED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_processes import train
+from poise import processes
+state = train(1)
+assert processes.size() == 2
+if processes.rank() == 0:
+    torch.save(state, {result!r})
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_launcher_needs_nothing_but_its_own_command(tmp_path: Path) -> None:
+    script, result = tmp_path / "train.py", tmp_path / "state.pt"
+    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), result=str(result)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
+    )
+    assert result.exists(), done.stderr[-2000:]
+    for name, value in train(1).items():
+        torch.testing.assert_close(torch.load(result, weights_only=True)[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_one_process_is_the_identity() -> None:

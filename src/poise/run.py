@@ -158,12 +158,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     Raises:
         InputError: PyTorch does not know the name, or the device is not there.
     """
-    if str(device) == "auto":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and processes.size() == 1:
+        # A launcher started several processes (`torchrun`, `accelerate launch`): Accelerate brings them together.
+        from accelerate import PartialState
 
-            state: torch.device = PartialState().device
-            return state
+        own: torch.device = PartialState(cpu=str(device) == "cpu").device
+        if str(device) in ("auto", "cuda"):
+            return own
+    if str(device) == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
