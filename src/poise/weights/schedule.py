@@ -56,7 +56,30 @@ def _check_span(name: str, steps: int | None, epochs: float | None, after: float
 
 
 @dataclass(frozen=True, repr=False)
-class linear(Coefficient):
+class _Path(Coefficient):
+    """A path from `start` to `end` over a span of the run; subclasses say where it is at share `t` of the span."""
+
+    start: float
+    end: float
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        _check_span(type(self).__name__, self.steps, self.epochs, self.after)
+
+    def at(self, t: float) -> float:
+        """Return the weight at share `t` in [0, 1] of the span."""
+        raise NotImplementedError(f"{type(self).__name__} must say where its path is")
+
+    def value(self, clock: Clock) -> float:
+        return self.at(_share(clock, self.steps, self.epochs, self.after))
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({_arguments(self, 2)})"
+
+
+class linear(_Path):
     """A straight line from `start` to `end`: `start + (end - start) * t`.
 
     Args:
@@ -69,65 +92,27 @@ class linear(Coefficient):
     0.5
     """
 
-    start: float
-    end: float
-    steps: int | None = None
-    epochs: float | None = None
-    after: float = 0
-
-    def __post_init__(self) -> None:
-        _check_span("linear", self.steps, self.epochs, self.after)
-
-    def value(self, clock: Clock) -> float:
-        t = _share(clock, self.steps, self.epochs, self.after)
+    def at(self, t: float) -> float:
         return self.start + (self.end - self.start) * t
 
-    def __str__(self) -> str:
-        return f"linear({_arguments(self, 2)})"
 
-
-@dataclass(frozen=True, repr=False)
-class cosine(Coefficient):
+class cosine(_Path):
     """Half a cosine from `start` to `end`: `end + (start - end) * (1 + cos(pi t)) / 2`. Arguments as `linear`."""
 
-    start: float
-    end: float
-    steps: int | None = None
-    epochs: float | None = None
-    after: float = 0
-
-    def __post_init__(self) -> None:
-        _check_span("cosine", self.steps, self.epochs, self.after)
-
-    def value(self, clock: Clock) -> float:
-        t = _share(clock, self.steps, self.epochs, self.after)
+    def at(self, t: float) -> float:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * t)) / 2
 
-    def __str__(self) -> str:
-        return f"cosine({_arguments(self, 2)})"
 
-
-@dataclass(frozen=True, repr=False)
-class exponential(Coefficient):
+class exponential(_Path):
     """A geometric path from `start` to `end`, both positive: `start * (end / start) ** t`. Arguments as `linear`."""
 
-    start: float
-    end: float
-    steps: int | None = None
-    epochs: float | None = None
-    after: float = 0
-
     def __post_init__(self) -> None:
-        _check_span("exponential", self.steps, self.epochs, self.after)
+        super().__post_init__()
         if self.start <= 0 or self.end <= 0:
             raise InputError(f"exponential: both ends must be positive, and they are {self.start} and {self.end}.")
 
-    def value(self, clock: Clock) -> float:
-        t = _share(clock, self.steps, self.epochs, self.after)
+    def at(self, t: float) -> float:
         return float(self.start * (self.end / self.start) ** t)
-
-    def __str__(self) -> str:
-        return f"exponential({_arguments(self, 2)})"
 
 
 @dataclass(frozen=True, repr=False)
