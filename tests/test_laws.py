@@ -381,6 +381,17 @@ def test_follow_advances_once_per_step_over_micro_batches_and_repeated_closures(
     assert memory_of(objective).sum() == 36
 
 
+def test_following_twice_advances_once_and_another_optimiser_takes_over() -> None:
+    model, objective, batch = net(), bound("cross_entropy + early_learning"), doubled(data())
+    old, new = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    objective.follow(old).follow(old).follow(new)
+    for optimizer, steps in ((new, 1), (old, 1), (new, 2)):
+        objective(logits=model(batch["input"]), target=batch["target"], index=batch["index"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert objective.clock.step == steps
+
+
 def test_lbfgs_evaluates_many_times_and_advances_once() -> None:
     model, objective, batch = net(), bound("cross_entropy + 0.1*early_learning"), doubled(data())
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=8)

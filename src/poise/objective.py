@@ -292,6 +292,10 @@ class _Entry:
         return tuple((p.name, renames.get(p.name, p.name), p.optional) for p in found if p.name not in skipped)
 
 
+def _do_nothing() -> None:
+    """Nobody is followed yet."""
+
+
 @dataclass(slots=True)
 class _Live:
     """What changes at every step, outside `nn.Module`, whose assignments are slow.
@@ -303,6 +307,7 @@ class _Live:
     pending: dict[Any, dict[str, Any]] = field(default_factory=dict)
     followed: bool = False
     steps_seen: int = 0
+    unfollow: Callable[[], None] = _do_nothing
 
 
 class Objective(nn.Module):
@@ -711,21 +716,29 @@ class Objective(nn.Module):
     def follow(self, optimizer: Any) -> Objective:
         """Advance after every step of `optimizer`, in a loop of your own; a step that is skipped does not advance.
 
+        An optimiser that was followed before is followed no longer.
+
         Args:
             optimizer: a `torch.optim.Optimizer`, or a wrapper that keeps one in `.optimizer` (Accelerate).
 
         Returns: the objective itself.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        zero = inner.zero_grad
+        zero = type(inner).zero_grad
 
         def zero_grad(*args: Any, **kwargs: Any) -> None:
             self._forget_used()
-            zero(*args, **kwargs)
+            zero(inner, *args, **kwargs)
 
+        self._live.unfollow()
         inner.zero_grad = zero_grad
-        inner.register_step_post_hook(lambda *_: self.advance())
-        self._live.followed = True
+        hook = inner.register_step_post_hook(lambda *_: self.advance())
+
+        def unfollow() -> None:
+            hook.remove()
+            inner.__dict__.pop("zero_grad", None)
+
+        self._live.unfollow, self._live.followed = unfollow, True
         return self
 
     def advance(self) -> None:
@@ -1012,6 +1025,8 @@ class _State:
         for name, value in arguments.items():
             if entry.expects[name]:
                 check(entry.label, name, value, entry.expects[name], sizes)
+        if len(entry.checked) > 1000:
+            entry.checked.clear()  # sequences of every length: checking again is cheaper than remembering all
         entry.checked.add(signature)
 
 
