@@ -87,6 +87,19 @@ def test_nothing_in_the_folder_is_pickled_and_no_row_of_the_data_is_kept(kept: P
             assert not content.startswith((b"\x80", b"PK")), name
 
 
+def test_a_part_of_the_formula_is_folded_into_the_weights_that_are_kept(flowers: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "model"
+    fit(flowers, "cross_entropy with compand(learn=True)", "--label", "kind", "--epochs", "20", "--save", folder)
+    assert not any("parametrizations" in name for name in load_file(folder / WEIGHTS))
+    result = CliRunner().invoke(app, ["predict", str(folder), str(flowers), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    told = [row["prediction"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    truth = [line.rsplit(",", 1)[1] for line in flowers.read_text().splitlines()[1:]]
+    assert sum(a == b for a, b in zip(told, truth, strict=True)) > 0.9 * len(truth)
+
+
 def test_a_regression_predicts_in_the_unit_of_its_label(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(200, generator=generator)

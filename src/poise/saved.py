@@ -159,8 +159,11 @@ def save_model(
     """
     from safetensors.torch import save_model as save_weights
 
+    from poise.parts.companding import folded_copy
+
     place = Path(folder)
-    model = run.model.to("cpu").eval()
+    # What a part did to the weights is worked into them: the files hold the plain model.
+    model = folded_copy(run.model).to("cpu").eval()
     notes: list[str] = []
     try:
         place.mkdir(parents=True, exist_ok=True)
