@@ -337,6 +337,20 @@ def test_a_term_whose_stream_is_absent_is_inactive_and_charges_nothing() -> None
     torch.testing.assert_close(report.total, report.terms["cross_entropy"].value)
 
 
+def test_the_main_stream_goes_by_its_name_however_quantities_are_given() -> None:
+    objective, given_ = (
+        poise.parse("cross_entropy.on('main')"),
+        {"logits": torch.zeros(1, 2), "target": torch.tensor([0])},
+    )
+    for report in (
+        objective.evaluate(given_),
+        objective.evaluate(**given_),
+        objective.evaluate({"logits": given_["logits"]}, target=given_["target"]),
+    ):
+        assert report.terms["cross_entropy@main"].active
+        assert report.total == pytest.approx(0.6931, abs=1e-4)
+
+
 def test_renaming_redirects_what_a_term_reads() -> None:
     objective = poise.parse("cross_entropy.on(logits='student')")
     assert objective.reads == ("student", "target")

@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from poise import processes
 from poise.coefficient import Clock, Coefficient, Number, leaves_of, multiply, text, value_of
-from poise.errors import IncompatibleError, InputError, QuantityError, StateError, nearest
+from poise.errors import InputError, QuantityError, StateError, nearest
 from poise.quantities import CATALOGUE, CLOCK, Streams, check, derive, describe, random_numbers
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(@[A-Za-z_][A-Za-z0-9_]*)?(#[0-9]+)?\Z")
@@ -337,7 +337,7 @@ class Objective(nn.Module):
             if before is None:
                 merged[summand.place] = summand
             elif not summand.auxiliary:
-                merged[summand.place] = replace(before, weight=_add_weights(before.weight, summand.weight))
+                merged[summand.place] = replace(before, weight=before.weight + summand.weight)
         self.summands = tuple(s for s in merged.values() if not (isinstance(s.weight, Number) and s.weight == 0))
         self._entries = tuple(_Entry(label, s) for label, s in zip(self._label(), self.summands, strict=True))
         self.terms = nn.ModuleDict({entry.label: entry.term for entry in self._entries})
@@ -603,16 +603,14 @@ class Objective(nn.Module):
         sources: Mapping[str | None, Mapping[str, Any]],
         denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
         only: frozenset[str] | None = None,
-        micro: int | None = None,
     ) -> dict[str, _Part]:
         """Evaluate every term on the sources of one micro-batch.
 
         Args:
             denominators: by label, the sum of counts over all micro-batches and processes, and the number of evaluations.
             only: labels to evaluate; the others are left out.
-            micro: number of the micro-batch, for random numbers; where None, counted from the data that wait for `advance`.
         """
-        state = _State(self, sources, micro)
+        state = _State(self, sources)
         parts: dict[str, _Part] = {}
         for entry in self._entries:
             if only is None or entry.label in only:
@@ -666,7 +664,7 @@ class Objective(nn.Module):
         Args:
             batches: the data of the micro-batch by stream (None for the main one), without anything that a model computes.
         """
-        state = _State(self, batches, None)
+        state = _State(self, batches)
         result: dict[str, float | Tensor] = {}
         for e in self._entries:
             source = state.source(e)
@@ -817,7 +815,7 @@ class Objective(nn.Module):
         if key in pending:
             return
         waiting: dict[str, Any] = {"reads": {}, "values": {}, "total": None, "held": held}
-        state = _State(self, sources, None)
+        state = _State(self, sources)
         for entry in self._recorded:
             source = state.source(entry)
             if source is not None and (entry.label not in parts or parts[entry.label].active):
@@ -926,10 +924,8 @@ class TensorWeight(Coefficient):
 class _State:
     """The sources of one evaluation, and the terms that are evaluated already."""
 
-    def __init__(
-        self, objective: Objective, sources: Mapping[str | None, Mapping[str, Any]], micro: int | None
-    ) -> None:
-        self.objective, self.sources, self.micro = objective, sources, micro
+    def __init__(self, objective: Objective, sources: Mapping[str | None, Mapping[str, Any]]) -> None:
+        self.objective, self.sources = objective, sources
         self.done: dict[str, Value] = {}
         self.running: list[str] = []
 
@@ -1033,11 +1029,12 @@ class _State:
 def _sources(quantities: Mapping[str, Any] | None, eager: dict[str, Any]) -> dict[str | None, Mapping[str, Any]]:
     """Return the quantities by stream; None is the main one."""
     if quantities is None:
-        return {None: eager}
+        return {None: eager, "main": eager}
     if isinstance(quantities, Streams):
         main = quantities.get("main", next(iter(quantities.values()), {}))
         return {None: main, **dict(quantities.items())}
-    return {None: {**quantities, **eager} if eager else quantities, "main": quantities}
+    joined = {**quantities, **eager} if eager else quantities
+    return {None: joined, "main": joined}
 
 
 def _reduce(values: Tensor, count: Tensor | None, denominator: tuple[float | Tensor, int] | None) -> Tensor:
@@ -1081,10 +1078,6 @@ def _counting_rows(arguments: dict[str, Any], weight: Tensor | None) -> dict[str
     return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in found.items()}
 
 
-def _add_weights(left: Number | Coefficient, right: Number | Coefficient) -> Number | Coefficient:
-    return left + right
-
-
 def _detached(weight: float | Tensor) -> float | Tensor:
     return weight.detach() if isinstance(weight, Tensor) else weight
 
@@ -1125,7 +1118,6 @@ def iterate_terms(objective: Objective) -> Iterator[tuple[str, Term]]:
 __all__ = [
     "DataInfo",
     "Evaluation",
-    "IncompatibleError",
     "Objective",
     "Summand",
     "Term",

@@ -285,7 +285,7 @@ class Problem:
         reports: dict[str, TermStep] = {}
         for number in range(len(self.batches)):
             sources = self._quantities(number, view)
-            parts = self.objective._evaluate(sources, self._denominators, only, number)
+            parts = self.objective._evaluate(sources, self._denominators, only)
             total = self.objective._total(parts)
             if first:
                 if self.record and self.objective.stateful:
@@ -415,7 +415,7 @@ class Problem:
             main = sources[None]
             assert isinstance(main, Quantities)
             main.put(self._output, output)
-            parts = self.objective._evaluate(sources, self._denominators, reading, number)
+            parts = self.objective._evaluate(sources, self._denominators, reading)
             total = self.objective._total(parts)
             whole = total if whole is None else whole + total
         assert whole is not None

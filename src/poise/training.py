@@ -160,9 +160,6 @@ class _Loop:
         self.device = choose_device(device)
         self.seed, self.precision = seed, precision
         self.objective = _as_objective(objective)
-        handles = [apply_part(model, part) for part in self.objective.parts]
-        options["callbacks"] = [*options["callbacks"], *handles]
-        self.model = model.to(self.device)
         if not self.objective.labels:
             raise InputError(
                 "The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise."
@@ -170,6 +167,10 @@ class _Loop:
         self.objective.check_weights()
         if self.objective.autos:
             next(iter(self.objective.autos.values())).value(Clock())
+        # Only now, so that an objective that is refused leaves the model as it was.
+        handles = [apply_part(model, part) for part in self.objective.parts]
+        options["callbacks"] = [*options["callbacks"], *handles]
+        self.model = model.to(self.device)
         self.objective.seed = seed
         self.streams = self._prepare_streams(train, batch_size, accumulate, transform)
         main = next(iter(self.streams.values()))
@@ -404,7 +405,7 @@ class _Loop:
         with torch.no_grad():
             for number in range(len(problem.batches)):
                 sources = problem._quantities(number, problem._view(None))
-                for part in self.objective._evaluate(sources, None, frozenset(bad), number).values():
+                for part in self.objective._evaluate(sources, None, frozenset(bad)).values():
                     if part.values is not None and part.values.ndim:
                         wrong = (
                             (~torch.isfinite(part.values)).flatten(1).any(1)
@@ -432,18 +433,13 @@ class _Loop:
         state = self.state
         self.window.write(state.history, state.step)
         loss = state.history["loss"][-1] if "loss" in state.history else 0.0
-        if not math.isfinite(loss) and self.options["on_nonfinite"] == "stop":
-            raise NonFiniteError(self._what_is_not_finite(self.problem))
-        if not math.isfinite(self.window_gradient()) and self.options["on_nonfinite"] == "stop":
+        gradient = float(torch.stack(self.window.norms).mean()) if self.window.norms else 0.0
+        if self.options["on_nonfinite"] == "stop" and not (math.isfinite(loss) and math.isfinite(gradient)):
             raise NonFiniteError(self._what_is_not_finite(self.problem))
         self.window = Window()
         self.memory.look()
         self.track({name: curve[1][-1] for name, curve in state.history.curves().items()}, state.step)
         self.report(state)
-
-    def window_gradient(self) -> float:
-        """Return the mean gradient norm of the steps since the last log point; 0 where nobody took it."""
-        return float(torch.stack(self.window.norms).mean()) if self.window.norms else 0.0
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
