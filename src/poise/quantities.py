@@ -20,6 +20,40 @@ from torch import Tensor
 
 from poise.errors import InputError, QuantityError
 
+_RECORD: dict[str, tuple[str, str]] = {
+    "ids": ("int64 [batch, time]", "tokens of the prompt and the {} answer"),
+    "mask": ("bool [batch, time]", "which of them belong to the {} answer; entry t says it of token t"),
+    "positions": ("int64 [batch, time]", "place of each token within the {} answer, from 0; -1 outside"),
+    "logps": (
+        "float [batch, time] | float [batch]",
+        "log-probability of each token of the {} answer, 0 outside, or their sum",
+    ),
+    "entropy": ("float [batch, time]", "entropy of the distribution from which each token of the {} answer came, nats"),
+    "logsumexp": ("float [batch, time]", "log-normaliser of the logits before each token of the {} answer"),
+    "kl": (
+        "float [batch, time]",
+        "KL(reference || policy) over the vocabulary before each token of the {} answer, nats",
+    ),
+    "reverse_kl": (
+        "float [batch, time]",
+        "KL(policy || reference) over the vocabulary before each token of the {} answer, nats",
+    ),
+    "spans": (
+        "int64 [batch, time]",
+        "number of the key phrase that each token of the {} answer belongs to, 0 for none",
+    ),
+    "token_weight": ("float [batch, time]", "weight of each token of the {} answer"),
+    "token_reward": ("float [batch, time]", "reward of each token of the {} answer"),
+    "states": (
+        "float [layers, batch, time, width]",
+        "hidden states of the reference from which each token of the {} answer came",
+    ),
+}
+"""The token record of one answer; every name stands in the catalogue behind `response_`, `chosen_` and `rejected_`.
+
+Entry t of the time axis concerns token t, whose probability the model gave at t - 1. Outside the answer every number is 0.
+"""
+
 CATALOGUE: dict[str, tuple[str, str]] = {
     "input": ("any [batch, ...]", "what the model is given"),
     "target": ("int64 [batch, ...] | float [batch, ...]", "class indices, or numbers to be predicted"),
@@ -32,6 +66,20 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "probabilities": ("float [batch, ..., classes]", "softmax of the logits"),
     "teacher_logits": ("float [batch, ..., classes]", "logits of a frozen teacher on the same batch"),
     "teacher_probabilities": ("float [batch, ..., classes]", "softmax of the teacher's logits"),
+    "label": ("bool [batch] | float [batch]", "whether an unpaired response is wanted"),
+    "reward": ("float [batch]", "what a response earned"),
+    "group": ("int64 [batch]", "which prompt a sampled response answers; responses of one group are compared"),
+    **{
+        f"{place}{name}": (form, meaning.format(place.rstrip("_")))
+        for place in ("response_", "chosen_", "rejected_")
+        for name, (form, meaning) in _RECORD.items()
+    },
+    **{
+        f"reference_{place}{name}": (form, f"{meaning.format(place.rstrip('_'))}, under the frozen reference")
+        for place in ("response_", "chosen_", "rejected_")
+        for name, (form, meaning) in _RECORD.items()
+        if name in ("logps", "entropy", "logsumexp")
+    },
     "model": ("callable", "the trained model itself, at the parameters of this evaluation"),
     "parameters": ("mapping", "the trained parameters by name"),
     "step": ("int", "optimiser steps done, from 0"),
