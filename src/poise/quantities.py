@@ -54,6 +54,12 @@ _RECORD: dict[str, tuple[str, str]] = {
 Entry t of the time axis concerns token t, whose probability the model gave at t - 1. Outside the answer every number is 0.
 """
 
+
+def _of_side(place: str, form: str) -> str:
+    """Say of which side the time axis is: chosen and rejected answers may be padded to different lengths."""
+    return form if place == "response_" else form.replace("time", f"{place}time")
+
+
 CATALOGUE: dict[str, tuple[str, str]] = {
     "input": ("any [batch, ...]", "what the model is given"),
     "target": ("int64 [batch, ...] | float [batch, ...]", "class indices, or numbers to be predicted"),
@@ -70,12 +76,18 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "reward": ("float [batch]", "what a response earned"),
     "group": ("int64 [batch]", "which prompt a sampled response answers; responses of one group are compared"),
     **{
-        f"{place}{name}": (form, meaning.format(place.rstrip("_")))
+        f"{place}{name}": (
+            _of_side(place, form),
+            meaning.format(place.rstrip("_")).replace("response answer", "answer"),
+        )
         for place in ("response_", "chosen_", "rejected_")
         for name, (form, meaning) in _RECORD.items()
     },
     **{
-        f"reference_{place}{name}": (form, f"{meaning.format(place.rstrip('_'))}, under the frozen reference")
+        f"reference_{place}{name}": (
+            _of_side(place, form),
+            f"{meaning.format(place.rstrip('_')).replace('response answer', 'answer')}, under the frozen reference",
+        )
         for place in ("response_", "chosen_", "rejected_")
         for name, (form, meaning) in _RECORD.items()
         if name in ("logps", "entropy", "logsumexp")
