@@ -63,11 +63,30 @@ class ModelView:
         # Losses are taken in float32 whatever the forward pass computed in.
         return out.float() if isinstance(out, Tensor) and out.dtype in (torch.bfloat16, torch.float16) else out
 
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `function(module, *inputs)` at the parameters of this evaluation: for what a forward pass alone does not give."""
+        with self.autocast():
+            if self.at is None:
+                return function(self.module, *inputs)
+            at = {f"module.{name}": value for name, value in self.at.items()}
+            return torch.func.functional_call(_Applied(self.module, function), at, inputs)
+
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters by name, at this evaluation."""
         own: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         return own if self.at is None else {name: self.at.get(name, p) for name, p in own.items()}
+
+
+class _Applied(nn.Module):
+    """A function of a module as a module, so that its parameters can be replaced while it runs."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
 
 
 class TermStep(NamedTuple):
