@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ from poise.coefficient import Coefficient
 from poise.errors import InputError, MissingDependencyError
 from poise.frozen import FrozenModel
 from poise.objective import Term
-from poise.problem import ModelView
-from poise.quantities import Quantities, derive
+from poise.quantities import derive
+from poise.readouts.tokens import TokenReadout, gathered_logps
 from poise.training import fit
 from poise.weights.schedule import cosine
 
@@ -46,6 +45,9 @@ LETTERS, TIME = 12, 13
 _BYTES = np.frombuffer(SYMBOLS.encode() + b"\0\0", dtype=np.uint8)
 _IMPOSSIBLE = -1e4
 """A finite logit whose probability is 0 in every floating type, so that 0 * log 0 stays 0."""
+
+WordReadout = TokenReadout
+"""The token record of answers that are words; `WordReadout(reference=prior)`."""
 
 Reward = Callable[[Tensor], Tensor]
 """Maps ids int64 `[batch, 13]` to rewards float `[batch]`; programmatic, so that it is true by definition."""
@@ -307,7 +309,7 @@ def sample(
 
 def token_logps(model: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor) -> Tensor:
     """Return log-probabilities float `[batch, time]` of the tokens where `mask` is True, and 0 elsewhere."""
-    return _gathered(model(ids), ids, mask)
+    return gathered_logps(model(ids), ids, mask)
 
 
 def sequence_logps(model: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor) -> Tensor:
@@ -315,98 +317,9 @@ def sequence_logps(model: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor)
     return token_logps(model, ids, mask).sum(1)
 
 
-def _gathered(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    chosen = logits.gather(-1, ids.clamp_max(END)[..., None])[..., 0]
-    return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
-
-
 def mask_of(ids: Tensor) -> Tensor:
     """Return the answer mask bool `[batch, time]` of words without prompts: letters and end."""
     return ids <= END
-
-
-# ---- the readout --------------------------------------------------------------------------------------------------------
-
-
-class WordReadout:
-    """Offer the token record of answers that are words: log-probabilities, divergences, entropies.
-
-    For each of `response`, `chosen` and `rejected` whose `<side>_ids` and `<side>_mask` the batch holds, offers `<side>_logps`,
-    `_positions`, `_entropy`, `_logsumexp`, and with a reference `reference_<side>_logps`, `_entropy`, `_logsumexp`,
-    `<side>_kl` (reference first), `<side>_reverse_kl` and `<side>_states`. On pairs `response` is another name for `chosen`.
-    Nothing is computed that nobody reads, and one forward pass serves all that is read of a side.
-
-    Args:
-        reference: the frozen reference, a `WordModel`.
-    """
-
-    output = "response_logps"
-
-    def __init__(self, reference: WordModel | FrozenModel | None = None) -> None:
-        self.reference = FrozenModel(reference) if isinstance(reference, WordModel) else reference
-
-    def __call__(self, model: ModelView, batch: Quantities, reads: frozenset[str]) -> Quantities:
-        sides = [side for side in ("response", "chosen", "rejected") if f"{side}_ids" in batch]
-        if not sides:
-            raise InputError(
-                "WordReadout reads 'response_ids' and 'response_mask', or both for 'chosen' and 'rejected', and the batch "
-                f"holds {', '.join(batch) or 'nothing'}."
-            )
-        for side in sides:
-            self._offer(model, batch, side)
-        if "chosen" in sides and "response" not in sides:
-            for name in [name for name in batch if "chosen_" in name]:
-                other = name.replace("chosen_", "response_")
-                if other not in batch:
-                    batch.offer(other, lambda name=name: batch[name])  # type: ignore[misc]
-        batch.put("model", model)
-        if "parameters" in reads:
-            batch.put("parameters", model.parameters)
-        return batch
-
-    def _offer(self, model: ModelView, batch: Quantities, side: str) -> None:
-        def answers(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            return lambda: torch.where(batch[f"{side}_mask"], make(), 0.0)
-
-        def offer(name: str, make: Callable[[], Tensor]) -> None:
-            if name not in batch:  # a data column goes before what is computed
-                batch.offer(name, make)
-
-        ids, mask, policy = f"{side}_ids", f"{side}_mask", f"{side}_logits"
-        offer(policy, lambda: model(batch[ids]))
-        offer(f"{side}_positions", lambda: torch.where(batch[mask], batch[mask].long().cumsum(1) - 1, -1))
-        self._offer_record(offer, answers, batch, side, policy, side)
-        if self.reference is None:
-            return
-        network, frozen = self.reference, f"reference_{side}_logits"
-        offer(frozen, lambda: network.to(batch[ids].device)(batch[ids]))
-        self._offer_record(offer, answers, batch, f"reference_{side}", frozen, side)
-        offer(f"{side}_kl", answers(lambda: _divergence(batch[frozen], batch[policy])))
-        offer(f"{side}_reverse_kl", answers(lambda: _divergence(batch[policy], batch[frozen])))
-        offer(f"{side}_states", lambda: _states_of(network, batch[ids], batch[mask]))
-
-    @staticmethod
-    def _offer_record(offer: Any, answers: Any, batch: Quantities, prefix: str, logits: str, side: str) -> None:
-        offer(f"{prefix}_logps", lambda: _gathered(batch[logits], batch[f"{side}_ids"], batch[f"{side}_mask"]))
-        offer(f"{prefix}_logsumexp", answers(lambda: batch[logits].logsumexp(-1)))
-        offer(f"{prefix}_entropy", answers(lambda: _entropy(batch[logits])))
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first || second) over the last dimension of two logits."""
-    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-@torch.no_grad()
-def _states_of(network: FrozenModel, ids: Tensor, mask: Tensor) -> Tensor:
-    states: Tensor = network.module.states(ids)  # type: ignore[operator]
-    return torch.where(mask[..., None], states, 0.0)
 
 
 # ---- the prior, and pairs -----------------------------------------------------------------------------------------------
