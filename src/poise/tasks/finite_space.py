@@ -25,7 +25,7 @@ from poise.objective import Objective, Summand, Term
 from poise.problem import Certificate, Problem
 from poise.readouts.tokens import TokenReadout
 
-__all__ = ["FinitePolicy", "FiniteSpace", "Solution"]
+__all__ = ["FinitePolicy", "FiniteSampler", "FiniteSpace", "Solution"]
 
 
 def _rows(table: Tensor) -> Tensor:
@@ -65,6 +65,22 @@ class Solution:
     def logps(self) -> Tensor:
         """Log-probability of every response, detached, `[prompts, responses]`."""
         return self.policy.logps.detach()
+
+
+class FiniteSampler:
+    """A distribution over responses, drawn from and scored by response number, for `poise.insight.collapse_report`."""
+
+    def __init__(self, table: Tensor, generator: torch.Generator) -> None:
+        self.table, self.generator = table, generator
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return responses int64 `[n]` and their log-probabilities float `[n]`."""
+        drawn = torch.multinomial(self.table.exp(), n, replacement=True, generator=self.generator)
+        return drawn, self.table[drawn]
+
+    def logps(self, samples: Tensor) -> Tensor:
+        """Return log-probabilities float `[n]` of responses."""
+        return self.table[samples]
 
 
 class FiniteSpace:
@@ -134,6 +150,10 @@ class FiniteSpace:
     def regularised_reward(self, logps: Tensor, beta: float) -> Tensor:
         """Return J = E_pi[r] - beta KL(pi || pi0), `[prompts]`."""
         return self.expectation(logps, self.reward) - beta * self.kl(logps, self.prior_logps)
+
+    def sampler(self, logps: Tensor, generator: torch.Generator) -> FiniteSampler:
+        """Return the distribution with these log-probabilities `[responses]`, to be drawn from and scored; one prompt."""
+        return FiniteSampler(_rows(logps)[0], generator)
 
     # ---- everything as data ---------------------------------------------------------------------------------------------
 

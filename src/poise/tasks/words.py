@@ -435,3 +435,25 @@ def preference_pairs(
         "flipped": flipped,
         "reward_gap": torch.where(flipped, -gap, gap),
     }
+
+
+class WordSampler:
+    """A word model as a distribution that can be drawn from and scored, for `poise.insight.collapse_report`.
+
+    Args:
+        model: the language model.
+        generator: the only source of randomness of `sample`.
+    """
+
+    def __init__(self, model: WordModel | FrozenModel, generator: torch.Generator) -> None:
+        self.model, self.generator = model, generator
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return ids int64 `[n, 13]` and their log-probabilities float `[n]`."""
+        drawn = sample(self.model, n, self.generator)
+        return drawn.ids, drawn.logps.sum(1)
+
+    def logps(self, samples: Tensor) -> Tensor:
+        """Return log-probabilities float `[n]` of ids."""
+        with torch.no_grad():
+            return sequence_logps(self.model, samples, mask_of(samples))
