@@ -21,6 +21,7 @@ from poise.tasks.words import (
     TIME,
     WordModel,
     WordReadout,
+    WordSampler,
     decode,
     encode,
     mask_of,
@@ -161,6 +162,11 @@ def test_pairs_of_one_prompt_share_it() -> None:
         preference_pairs(MODEL, 5, lambda ids: torch.zeros(len(ids)), generator())
     with pytest.raises(InputError, match="noise is a share"):
         preference_pairs(MODEL, 5, REWARDS["length"], generator(), noise=1.0)
+
+
+def test_a_word_model_is_a_distribution_that_can_be_drawn_from_and_scored() -> None:
+    ids, logps = WordSampler(MODEL, generator()).sample(20)
+    torch.testing.assert_close(WordSampler(MODEL, generator()).logps(ids), logps, atol=1e-12, rtol=0)
 
 
 def test_a_missing_dictionary_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
