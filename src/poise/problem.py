@@ -269,7 +269,7 @@ class Problem:
     def _named(self, stream: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the data under every name by which terms may read them; a readout may know several."""
         also = getattr(self._readout(stream), "also_named", None)
-        return data if also is None else also(data)  # type: ignore[no-any-return]
+        return data if also is None else also(data)
 
     def _sources(self, batch: Mapping[str, Mapping[str, Any]]) -> dict[str | None, Mapping[str, Any]]:
         main = batch.get("main", next(iter(batch.values()), {}))
