@@ -74,7 +74,7 @@ def test_parquet_holds_strings_and_messages(tmp_path: Path) -> None:
     record = read_records(tmp_path / "a.parquet")[0]
     assert record.prompt == [user("a")]
     assert record.answers == {"chosen": [assistant("b")], "rejected": [assistant("c")]}
-    assert record.extra == {"score_chosen": 2.0}
+    assert record.extra == {"chosen_score": 2.0}
 
 
 def test_a_folder_of_datasets_is_read_whole_and_by_part(tmp_path: Path) -> None:

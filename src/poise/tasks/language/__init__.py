@@ -9,8 +9,14 @@ from poise import lazy
 _HOME = {
     "Record": "records",
     "Records": "records",
+    "TokenizedAnswers": "tokens",
+    "TokenizedPairs": "tokens",
+    "TokenizedPrompts": "tokens",
+    "TokenizedRecords": "tokens",
     "make_records": "records",
+    "pad": "tokens",
     "read_records": "records",
+    "tokenize": "tokens",
     "write_jsonl": "records",
 }
 

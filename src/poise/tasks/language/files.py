@@ -26,6 +26,10 @@ _PARQUET = (".parquet", ".pq")
 _BATCH_ROWS = 4_096
 
 
+class Unusable(ValueError):
+    """Why a row cannot become a record; whoever reads adds the place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row: `line` is the line of a text file or the row of a table, from 1."""

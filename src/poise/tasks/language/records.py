@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, nearest
-from poise.tasks.language.files import BadRow, Row, place, read_rows
+from poise.tasks.language.files import BadRow, Row, Unusable, place, read_rows
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -45,7 +45,12 @@ SIDES = {
 """Kinds of records, each with the sides that its answers are called by."""
 
 _TURN = "\nAssistant:"
-_SYNONYMS = {"completion": "response", "reward": "score"}
+_SYNONYMS = {
+    "completion": "response",
+    "reward": "score",
+    "score_chosen": "chosen_score",
+    "score_rejected": "rejected_score",
+}
 _READ = {
     "pairs": {"prompt", "chosen", "rejected", "messages"},
     "scored": {"prompt", "response", "messages", "score"},
@@ -58,10 +63,6 @@ _EXPECTED = (
     "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/response/score, prompt/response/label, prompt/response, "
     "messages, text, or prompt"
 )
-
-
-class _Unusable(ValueError):
-    """Why a row cannot become a record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +209,13 @@ def _records(
     for row in rows:
         try:
             if isinstance(row, BadRow):
-                raise _Unusable(row.reason)
+                raise Unusable(row.reason)
             named = {renamed.get(name, name): value for name, value in row.fields.items()}
             if kind is None:
                 kind = _kind(named)
             good.append(_record(row.line, kind, named))
             note = note or _note(kind, named, asked is not None)
-        except _Unusable as reason:
+        except Unusable as reason:
             if not skip_bad:
                 raise InputError(f"{place(source, row.line)}: {reason}.{_hint(isinstance(row, BadRow))}") from reason
             bad.append(BadRow(row.line, str(reason)))
@@ -235,7 +236,7 @@ def _kind(row: Mapping[str, Any]) -> str:
         return "pairs"
     if "chosen" in row or "rejected" in row:
         absent = "rejected" if "chosen" in row else "chosen"
-        raise _Unusable(f"the field {absent!r} is missing; a pair needs both")
+        raise Unusable(f"the field {absent!r} is missing; a pair needs both")
     if "prompt" in row and "response" in row:
         return "scored" if "score" in row else "labelled" if "label" in row else "answers"
     if "messages" in row:
@@ -244,7 +245,7 @@ def _kind(row: Mapping[str, Any]) -> str:
         return "texts"
     if "prompt" in row:
         return "prompts"
-    raise _Unusable(f"the fields are {', '.join(map(repr, row)) or 'none'}; expected {_EXPECTED}")
+    raise Unusable(f"the fields are {', '.join(map(repr, row)) or 'none'}; expected {_EXPECTED}")
 
 
 def _note(kind: str, row: Mapping[str, Any], asked: bool) -> str:
@@ -281,7 +282,7 @@ def _record(line: int, kind: str, row: dict[str, Any]) -> Record:
         prompt, answers = _alike(_text(row, "prompt"), {"response": _text(row, "response")})
     for side, answer in answers.items():
         if not _words(answer).strip():
-            raise _Unusable(f"the {side} answer is empty")
+            raise Unusable(f"the {side} answer is empty")
     label = _label(row) if kind == "labelled" else None
     score = _number(row, "score") if kind == "scored" else None
     return Record(line, prompt, answers, label, score, extra)
@@ -290,9 +291,9 @@ def _record(line: int, kind: str, row: dict[str, Any]) -> Record:
 def _pair(row: Mapping[str, Any]) -> tuple[Text, dict[str, Text]]:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _Unusable("chosen and rejected are of different types: one is a string, one a list of messages")
+        raise Unusable("chosen and rejected are of different types: one is a string, one a list of messages")
     if chosen == rejected:
-        raise _Unusable("chosen equals rejected, so there is nothing to prefer")
+        raise Unusable("chosen equals rejected, so there is nothing to prefer")
     if isinstance(chosen, list) and isinstance(rejected, list):
         own = _text(row, "prompt") if "prompt" in row else None
         whole = _shared_messages(chosen, rejected)
@@ -300,7 +301,7 @@ def _pair(row: Mapping[str, Any]) -> tuple[Text, dict[str, Text]]:
         if whole and (own is None or isinstance(own, str) or own == whole):
             return whole, {"chosen": chosen[len(whole) :], "rejected": rejected[len(whole) :]}
         if own is None:
-            raise _Unusable("chosen and rejected share no first message, and there is no prompt")
+            raise Unusable("chosen and rejected share no first message, and there is no prompt")
         return _alike(own, {"chosen": chosen, "rejected": rejected})
     if "prompt" in row:
         return _alike(_text(row, "prompt"), {"chosen": chosen, "rejected": rejected})
@@ -318,7 +319,7 @@ def _shared_dialogue(chosen: str, rejected: str) -> str:
     if end < 0 and shared.startswith(_TURN.lstrip()):
         return _TURN.lstrip()
     if end < 0:
-        raise _Unusable(
+        raise Unusable(
             "there is no prompt, and the dialogues do not both begin with the same 'Human: ...' up to an 'Assistant:' turn"
         )
     return shared[: end + len(_TURN)]
@@ -339,7 +340,7 @@ def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Mes
 
 def _conversation(messages: list[Message]) -> tuple[Text, dict[str, Text]]:
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise _Unusable("the messages do not end with an answer of the assistant to something before it")
+        raise Unusable("the messages do not end with an answer of the assistant to something before it")
     return messages[:-1], {"response": messages[-1:]}
 
 
@@ -363,10 +364,10 @@ def _text(row: Mapping[str, Any], name: str) -> Text:
 
 def _string(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
-        raise _Unusable(f"the field {name!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
+        raise Unusable(f"the field {name!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}")
     value = row[name]
     if not isinstance(value, str):
-        raise _Unusable(f"the field {name!r} must be text, and it is {_described(value)}")
+        raise Unusable(f"the field {name!r} must be text, and it is {_described(value)}")
     return _checked(value, name)
 
 
@@ -375,19 +376,19 @@ def _checked(value: str, name: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _Unusable(f"the field {name!r} holds half a surrogate pair at character {error.start}") from None
+            raise Unusable(f"the field {name!r} holds half a surrogate pair at character {error.start}") from None
     return value
 
 
 def _messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise _Unusable(f"the field {name!r} must be a list of messages, and it is {_described(value)}")
+        raise Unusable(f"the field {name!r} must be a list of messages, and it is {_described(value)}")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Unusable(f"message {number} of {name!r} must be {{'role': ..., 'content': ...}}")
+            raise Unusable(f"message {number} of {name!r} must be {{'role': ..., 'content': ...}}")
         content = message.get("content")
         if not isinstance(content, str):
-            raise _Unusable(
+            raise Unusable(
                 f"message {number} of {name!r} must have text as its content, and it is {_described(content)}"
             )
         _checked(content, name)
@@ -398,15 +399,15 @@ def _label(row: Mapping[str, Any]) -> bool:
     value = row.get("label")
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return bool(value)
-    raise _Unusable(f"the label must be true or false, and it is {_described(value)}")
+    raise Unusable(f"the label must be true or false, and it is {_described(value)}")
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Unusable(f"the {name} must be a number, and it is {_described(value)}")
+        raise Unusable(f"the {name} must be a number, and it is {_described(value)}")
     if not math.isfinite(value):
-        raise _Unusable(f"the {name} is {value}; it must be finite")
+        raise Unusable(f"the {name} is {value}; it must be finite")
     return float(value)
 
 
