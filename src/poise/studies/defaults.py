@@ -38,7 +38,7 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     Raises:
         InputError: a device that does not exist here, or an optimiser without a learning rate.
     """
-    solver, options, lr = task.usual_solver(given.model_options())
+    solver, options, lr = task.usual_solver(given.model, given.model_options())
     if given.solver is not None and given.solver != solver:
         if given.lr is None and given.solver not in _RATES:
             # A name that does not exist is the greater mistake, and says so with the nearest one.

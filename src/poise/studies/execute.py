@@ -159,7 +159,7 @@ def train(
     def attempt() -> Run:
         return fit(
             objective=parse(spec.formula),
-            **task.arguments(split, spec.model, spec.seed, **spec.model_options),
+            **task.arguments(split, spec.model, spec.seed, spec.device, **spec.model_options),
             solver=make_solver(spec),
             lr_schedule=make_schedule(spec.schedule),
             epochs=spec.epochs,

@@ -271,7 +271,7 @@ class Task:
         """Fewest and most epochs where nobody says."""
         return 10, 150
 
-    def usual_solver(self, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
+    def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
         """Return solver, its options and its learning rate where nobody says.
 
         Classification: SGD with momentum 0.9 and rate 0.02, the setting in which early learning and memorisation are
@@ -292,13 +292,14 @@ class Task:
         """Return the name of the model that "auto" stands for; other names stay."""
         return choose_model(name, self.input_shape)
 
-    def arguments(self, split: Split, model: str, seed: int, **options: Any) -> dict[str, Any]:
+    def arguments(self, split: Split, model: str, seed: int, device: str = "auto", **options: Any) -> dict[str, Any]:
         """Return what `poise.fit` is given beside the objective and the training settings.
 
         Args:
             split: of this task.
             model: see `model`.
             seed: decides the start.
+            device: where it will run.
             options: of models that have some; there are none here.
 
         Raises:
