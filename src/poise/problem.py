@@ -256,10 +256,20 @@ class Problem:
         labels = self.objective.labels
         local = torch.zeros(len(labels) + 1, dtype=torch.float64)
         for batch in self.batches:
-            counts = self.objective.counts(self._sources(batch))
+            counts = self.objective.counts(
+                self._sources({name: self._named(name, data) for name, data in batch.items()})
+            )
             local += torch.tensor([*(float(counts[label]) for label in labels), 1.0], dtype=torch.float64)
         total = processes.sum_across(local if self.device is None else local.to(self.device)).tolist()
         return {label: (total[i], int(total[-1])) for i, label in enumerate(labels)}
+
+    def _readout(self, stream: str) -> Readout:
+        return self.readout[stream] if isinstance(self.readout, Mapping) else self.readout
+
+    def _named(self, stream: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the data under every name by which terms may read them; a readout may know several."""
+        also = getattr(self._readout(stream), "also_named", None)
+        return data if also is None else also(data)
 
     def _sources(self, batch: Mapping[str, Mapping[str, Any]]) -> dict[str | None, Mapping[str, Any]]:
         main = batch.get("main", next(iter(batch.values()), {}))
@@ -270,8 +280,7 @@ class Problem:
         for place, (stream, data) in enumerate(self.batches[number].items()):
             key = (*self.key, number, processes.rank(), place)
             batch = Quantities(data, key=key, device=self.device)
-            readout = self.readout[stream] if isinstance(self.readout, Mapping) else self.readout
-            read[stream] = readout(view, batch, self._plan(stream, place))
+            read[stream] = self._readout(stream)(view, batch, self._plan(stream, place))
         return self._sources(read)
 
     def _plan(self, stream: str, place: int) -> frozenset[str]:

@@ -13,7 +13,7 @@ every one concerns token t. Only the states before answer tokens meet the output
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,7 +28,7 @@ from poise.problem import ModelView
 from poise.quantities import Quantities
 from poise.readouts.token_scores import OUTPUTS, Head, token_scores
 
-__all__ = ["AdapterOff", "Language", "Reference", "language_states"]
+__all__ = ["SIDES", "AdapterOff", "Language", "Reference", "language_states", "needs_reference", "reference_for"]
 
 SIDES = ("chosen", "rejected", "response")
 _OF_REFERENCE = ("logps", "logsumexp", "entropy")
@@ -184,6 +184,12 @@ class Language:
 
     def __init__(self, reference: Reference | None = None) -> None:
         self.reference = reference
+
+    def also_named(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the data of a batch with those of the chosen answer under `response_` too."""
+        if "response_ids" in data:
+            return dict(data)
+        return {**{_renamed(n, "chosen_", "response_"): v for n, v in data.items() if n.startswith("chosen_")}, **data}
 
     def __call__(self, model: ModelView, batch: Quantities, reads: frozenset[str]) -> Quantities:
         sides = [side for side in SIDES if f"{side}_ids" in batch]
@@ -398,6 +404,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def needs_reference(reads: Iterable[str]) -> bool:
+    """Whether any of these quantities can only be had with a frozen reference."""
+    ends = tuple(f"{side}_{name}" for side in SIDES for name in ("kl", "reverse_kl", "states"))
+    return any(name.startswith("reference_") or name in ends for name in reads)
 
 
 def reference_for(model: nn.Module) -> Reference:

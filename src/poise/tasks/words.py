@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from poise.claims.runner import cache_folder
+from poise.cache import cache_folder
 from poise.coefficient import Coefficient
 from poise.errors import InputError, MissingDependencyError
 from poise.frozen import FrozenModel

@@ -25,14 +25,6 @@ from poise.terms.posterior import summed
 
 __all__ = ["ForwardKL", "JensenShannon", "ReverseKL", "TotalVariation"]
 
-_RECORD = "float [batch, time] | float [batch]"
-_EXPECTS = {
-    "response_logps": _RECORD,
-    "reference_response_logps": _RECORD,
-    "behaviour_logps": _RECORD,
-    "log_score": "float [batch]",
-}
-
 
 def check_choice(where: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise where an argument is none of the texts that it may be."""
@@ -83,7 +75,6 @@ class _Divergence(Term):
         log_z: "batch", the estimate from the samples of each group; "running", its running mean over steps (one prompt); or a number.
     """
 
-    expects = _EXPECTS
     capabilities = frozenset({"per_example", "deterministic"})
     couples = ("response_logps",)
     running: Tensor
@@ -105,6 +96,10 @@ class _Divergence(Term):
     def readings(self) -> tuple[str, ...]:
         """Samples of the policy itself, or all of them, need no proposal."""
         return () if self.samples == "proposal" else ("behaviour_logps",)
+
+    def requirements(self) -> tuple[str, ...]:
+        """Samples of a proposal need its log-probabilities."""
+        return ("behaviour_logps",) if self.samples == "proposal" else ()
 
     def forward(
         self,

@@ -25,7 +25,6 @@ from poise.terms.posterior import summed
 
 __all__ = ["ExpectedReward", "LengthNormalizedKL", "ReferenceKL", "k1", "k2", "k3"]
 
-_RECORD = "float [batch, time] | float [batch]"
 _SAMPLES = ("policy", "proposal", "enumeration")
 
 
@@ -50,7 +49,6 @@ _ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 class _OfPolicy(Term):
     """An expectation under the policy, with the gradient of the score function."""
 
-    expects = {"response_logps": _RECORD, "reference_response_logps": _RECORD, "behaviour_logps": _RECORD}
     capabilities = frozenset({"per_example", "deterministic"})
     couples = ("response_logps",)
 
@@ -65,6 +63,10 @@ class _OfPolicy(Term):
     def readings(self) -> tuple[str, ...]:
         """Samples of the policy itself, or all of them, need no proposal."""
         return () if self.samples == "proposal" else ("behaviour_logps",)
+
+    def requirements(self) -> tuple[str, ...]:
+        """Samples of a proposal need its log-probabilities."""
+        return ("behaviour_logps",) if self.samples == "proposal" else ()
 
     def _expectation(
         self, cost: Tensor, shown: Tensor, policy: Tensor, behaviour: Tensor | None, group: Tensor | None
