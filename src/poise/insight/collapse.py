@@ -127,6 +127,7 @@ def collapse_report(
 
     The normaliser and the divergences of the target are estimated with n samples of the policy and n of the prior, weighed as
     samples of their mixture, so that no weight exceeds twice exp(r/beta) and the estimate sharpens as the policy approaches.
+    The samples are those of one prompt, or of none: each prompt has a normaliser of its own.
 
     Args:
         policy: what was trained.
