@@ -359,7 +359,7 @@ def term_text(term: Term) -> str:
 
 
 def _argument_of(term: Term, name: str, default: Any = None) -> Any:
-    """Return what an argument was; one whose name a method of every term has, as `on`, is kept as `on_`."""
+    """Return what an argument was; one whose name is a method's, as `on`, is kept as `on_`."""
     return getattr(term, f"{name}_" if hasattr(term, f"{name}_") else name, default)
 
 

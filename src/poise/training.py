@@ -471,7 +471,7 @@ class _Loop:
         evaluate = self.options["evaluate"]
         if evaluate is not None:
             self.model.eval()
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad():  # and in float32, whatever the training computes in
                 return evaluate(self.model)  # type: ignore[no-any-return]
         assert self.valid is not None
         readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout

@@ -9,6 +9,7 @@ from poise.insight.distillation_spectrum import distillation_spectrum
 from poise.lazy import load
 
 _HOME: dict[str, str] = {
+    "CoverageReport": "coverage",
     "DistillationReport": "distillation_spectrum",
     "EpochDynamics": "memorization",
     "EpochRefinement": "self_distillation",
@@ -30,6 +31,7 @@ _HOME: dict[str, str] = {
     "hard_examples": "self_distillation",
     "memorization_report": "memorization",
     "past_predictions": "self_distillation",
+    "preference_coverage": "coverage",
     "suspect_labels": "memorization",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",

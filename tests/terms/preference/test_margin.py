@@ -6,27 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import poise
 from poise.errors import FormulaError, QuantityError
 from poise.terms.preference import DPO, RPO, SFT, PreferenceMargin, TokenKL, sequence_sum
 
-
-def pairs(batch: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Token records of pairs: chosen answers of 6 places, rejected ones of 5, some of them padding."""
-    g = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
-    for side, time in (("chosen", 6), ("rejected", 5)):
-        length = torch.randint(1, time + 1, (batch,), generator=g)
-        mask = torch.arange(time) < length[:, None]
-        found[f"{side}_mask"] = mask
-        found[f"{side}_spans"] = torch.randint(0, 3, (batch, time), generator=g) * mask
-        for name in (f"{side}_logps", f"reference_{side}_logps"):
-            found[name] = -torch.rand(batch, time, generator=g, dtype=dtype).mul(3) * mask
-        found[f"{side}_kl"] = torch.rand(batch, time, generator=g, dtype=dtype) * mask
-        found[f"{side}_token_weight"] = torch.rand(batch, time, generator=g, dtype=dtype) * mask
-    return found
+from .records import pairs
 
 
 def test_dpo_of_two_sums_is_the_worked_example() -> None:

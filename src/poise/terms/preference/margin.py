@@ -41,6 +41,7 @@ from poise.objective import Term, Value
 __all__ = ["Pair", "PairedTerm", "PreferenceMargin", "TokenKL", "answer_length", "log_ratio", "sequence_sum"]
 
 TokenWeight = Literal["none", "data", "spans"]
+Answer = tuple[Tensor | None, ...]
 Reduction = Literal["sum", "sequence_mean", "token_mean"]
 SIDES = ("chosen", "rejected", "response")
 REDUCTIONS = ("sum", "sequence_mean", "token_mean")
@@ -143,6 +144,10 @@ class Pair:
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Pair:
+        """The pair with a function of both log-ratios in their place."""
+        return Pair(function(self.chosen), function(self.rejected), self.chosen_length, self.rejected_length)
+
     @property
     def per_token(self) -> Pair:
         """The log-ratios divided by the lengths."""
@@ -180,12 +185,17 @@ class PairedTerm(Term):
     token_weight: TokenWeight = "none"
 
     def loss(self, pair: Pair) -> Tensor:
-        """Return the values, float [batch]."""
-        raise NotImplementedError
+        """Return the values, float [batch]; -log sigma(margin) where a method says nothing else."""
+        return -F.logsigmoid(self.margin(pair))
 
     def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Return the implicit rewards of the two answers, float [batch] each."""
         return self.beta * pair.chosen, self.beta * pair.rejected
+
+    def margin(self, pair: Pair) -> Tensor:
+        """Return r(chosen) - r(rejected), float [batch]."""
+        chosen, rejected = self.rewards(pair)
+        return chosen - rejected
 
     def gradient_weight(self, margin: Tensor) -> Tensor:
         """Return what is left of the pair's gradient at this margin, in (0, 1)."""
@@ -219,20 +229,30 @@ class PairedTerm(Term):
         chosen_spans: Tensor | None = None,
         rejected_spans: Tensor | None = None,
     ) -> Value:
-        if not self.reference_free and (reference_chosen_logps is None or reference_rejected_logps is None):
+        pair = self.pair(
+            (chosen_logps, reference_chosen_logps, chosen_mask, chosen_token_weight, chosen_spans),
+            (rejected_logps, reference_rejected_logps, rejected_mask, rejected_token_weight, rejected_spans),
+        )
+        return self.published(pair, self.loss(pair))
+
+    def pair(self, chosen: Answer, rejected: Answer) -> Pair:
+        """Compute the log-ratios of two answers, each (logps, reference, mask[, token weight, spans])."""
+        if not self.reference_free and (chosen[1] is None or rejected[1] is None):
             raise QuantityError(
                 f"{self.formula} reads 'reference_chosen_logps' and 'reference_rejected_logps', and they were not offered."
             )
-        chosen = log_ratio(
-            chosen_logps, reference_chosen_logps, *_inside(chosen_mask, chosen_token_weight, chosen_spans)
-        )
-        rejected = log_ratio(
-            rejected_logps, reference_rejected_logps, *_inside(rejected_mask, rejected_token_weight, rejected_spans)
-        )
-        return self.value(Pair(chosen, rejected, *self._lengths(chosen, chosen_mask, rejected_mask)))
+        masks = (chosen[2], rejected[2])
+        if self.lengths and (masks[0] is None or masks[1] is None):
+            raise QuantityError(
+                f"{self.formula} divides by lengths: it reads 'chosen_mask' and 'rejected_mask', and they were not offered."
+            )
+        ratios = (_ratio_of(*chosen), _ratio_of(*rejected))
+        if not self.lengths:
+            return Pair(*ratios)
+        return Pair(*ratios, *(answer_length(m, r) for m, r in zip(masks, ratios, strict=True) if m is not None))
 
-    def value(self, pair: Pair) -> Value:
-        """Return the loss of a pair with the by-products that every preference term publishes."""
+    def published(self, pair: Pair, values: Tensor) -> Value:
+        """Return the values with the by-products that every term on pairs publishes."""
         with torch.no_grad():
             chosen_reward, rejected_reward = self.rewards(pair)
             margin = chosen_reward - rejected_reward
@@ -243,21 +263,26 @@ class PairedTerm(Term):
                 "weight": self.gradient_weight(margin),
                 "accuracy": (margin > 0).to(margin.dtype),
             }
-        return Value(self.loss(pair), extras=extras)
+        return Value(values, extras=extras)
 
-    def _lengths(self, like: Tensor, *masks: Tensor | None) -> list[Tensor | None]:
-        if self.lengths and any(mask is None for mask in masks):
+
+def _ratio_of(
+    logps: Tensor | None,
+    reference: Tensor | None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor:
+    """The log-ratio of one answer, over its phrases alone where spans are given."""
+    if logps is None:
+        raise QuantityError("A pair needs the log-probabilities of both answers.")
+    if spans is not None:
+        if logps.ndim == 1:
             raise QuantityError(
-                f"{self.formula} divides by lengths: it reads 'chosen_mask' and 'rejected_mask', and they were not offered."
+                "Spans need a log-probability for each token, float [batch, time], and sums over the answers were offered."
             )
-        return [None if mask is None or not self.lengths else answer_length(mask, like) for mask in masks]
-
-
-def _inside(mask: Tensor | None, weight: Tensor | None, spans: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return which tokens count, and how much."""
-    if spans is None:
-        return mask, weight
-    return (spans > 0) if mask is None else mask & (spans > 0), weight
+        mask = (spans > 0) if mask is None else mask & (spans > 0)
+    return log_ratio(logps, reference, mask, weight)
 
 
 class PreferenceMargin(PairedTerm):
@@ -300,9 +325,6 @@ class PreferenceMargin(PairedTerm):
         self.beta = beta
         self.token_weight = token_weight
         self.reference_free = reference_free
-
-    def loss(self, pair: Pair) -> Tensor:
-        return -F.logsigmoid(self.beta * (pair.chosen - pair.rejected))
 
 
 # ---- one side, token by token ---------------------------------------------------------------------------------------
