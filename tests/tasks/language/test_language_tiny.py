@@ -203,5 +203,5 @@ def test_the_whole_pretraining_gives_a_model_that_answers_as_its_corpus_does(
     random = Random(1)
     corpus = mean_reward(prompts, [make_reply(str(prompt[0]["content"]), random) for prompt in prompts])  # type: ignore[index]
     # No reply at all would have 0; the corpus has 0.55. Samples leave room for an alignment to use, and the likeliest replies are better.
-    assert 0.05 < mean_reward(prompts, generate_replies(model, prompts)) < corpus + 0.1
-    assert mean_reward(prompts, generate_replies(model, prompts, temperature=0)) > 0.3
+    assert 0.1 < mean_reward(prompts, generate_replies(model, prompts)) < corpus + 0.1
+    assert mean_reward(prompts, generate_replies(model, prompts, temperature=0)) > 0.4
