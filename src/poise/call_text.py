@@ -39,7 +39,9 @@ def parse_call(text: str, known: Iterable[str], kind: str, example: str) -> tupl
         raise FormulaError(f"a {kind} reads like {example}, a name and keyword arguments, but it is {text!r}.")
     names = list(known)
     if target.id not in names:
-        raise FormulaError(f"no {kind} is called {target.id!r}; there is {', '.join(names)}.{nearest(target.id, names)}")
+        raise FormulaError(
+            f"no {kind} is called {target.id!r}; there is {', '.join(names)}.{nearest(target.id, names)}"
+        )
     arguments: dict[str, Any] = {}
     for keyword in call.keywords if call else []:
         try:

@@ -50,7 +50,9 @@ _QKV = ("q", "k", "v")
 # The order matters: BERT's `attention.output.dense` is attention, its `output.dense` is not.
 _RULES = (
     _Rule("attention", r"attn\.c_attn", _QKV, axis=1),  # GPT-2 keeps [inputs, outputs]
-    _Rule("attention", r"query_key_value", _QKV, by_head=True),  # GPT-NeoX, BLOOM: q, k, v of head 0, then of head 1, ...
+    _Rule(
+        "attention", r"query_key_value", _QKV, by_head=True
+    ),  # GPT-NeoX, BLOOM: q, k, v of head 0, then of head 1, ...
     _Rule("attention", r"in_proj|Wqkv|qkv_proj|qkv", _QKV),  # PyTorch, MPT, Phi-3
     _Rule("attention", r"q_proj|k_proj|v_proj|o_proj|(?:\w*attn|attention)\.(?:out_proj|c_proj|proj|dense|Wo)"),
     _Rule("attention", r"self_attention\.dense|attention\.self\.(?:query|key|value)|attention\.output\.dense"),
@@ -137,7 +139,7 @@ class MaskReport:
 
     def _share(self, part: str, whole: str) -> float:
         drawn = [count for name, count in self.categories.items() if name != ALWAYS]
-        return sum(getattr(c, part) for c in drawn) / max(1, sum(getattr(c, whole) for c in drawn))
+        return float(sum(getattr(c, part) for c in drawn) / max(1, sum(getattr(c, whole) for c in drawn)))
 
     def __str__(self) -> str:
         rows = [f"{'category':16} {'matrices':>12} {'parameters':>24} {'share':>7}"]
@@ -216,7 +218,9 @@ class ParameterMask(Mapping[str, bool | Tensor]):
         return piece.size if bool(entry.flatten()[piece.rows[0]]) else 0
 
 
-def matrices_of(model: nn.Module | Mapping[str, Tensor], categories: Categories = None, level: str = "category") -> Matrices:
+def matrices_of(
+    model: nn.Module | Mapping[str, Tensor], categories: Categories = None, level: str = "category"
+) -> Matrices:
     """Find the matrices that a mask may freeze.
 
     Args:
@@ -257,7 +261,9 @@ def matrices_of(model: nn.Module | Mapping[str, Tensor], categories: Categories 
         matrices = _any_matrices(model, named)
     for name in chosen if categories is not None else ():
         if not any(matrix.category == name for matrix in matrices):
-            raise InputError(f"half_fine_tuning: no tensor matched the category {name!r}; parameters are {_few(named)}.")
+            raise InputError(
+                f"half_fine_tuning: no tensor matched the category {name!r}; parameters are {_few(named)}."
+            )
     if not any(m.category != "norm" for m in matrices) and (categories is None or not matrices):
         raise InputError(
             f"half_fine_tuning: no tensor matched attention or feed_forward; parameters are {_few(named)}. Name them with "
@@ -329,9 +335,7 @@ def _of_category(matrices: list[Matrix], ratio: float, generator: torch.Generato
     open_ = [i for i, block in enumerate(members) if ratio * len(block) - quota[i] > 1e-9]
     for i in _choose(len(open_), _rounded(ratio * len(matrices)) - sum(quota), generator):
         quota[open_[i]] += 1
-    return {
-        block[i].name for block, n in zip(members, quota, strict=True) for i in _choose(len(block), n, generator)
-    }
+    return {block[i].name for block, n in zip(members, quota, strict=True) for i in _choose(len(block), n, generator)}
 
 
 def _balance(matrices: list[Matrix], trained: set[str], ratio: float) -> None:

@@ -349,11 +349,15 @@ class _Part:
     @classmethod
     def of(cls, name: str, parameter: nn.Parameter, entry: Tensor) -> _Part:
         entry = entry.to(parameter.device)
-        axis = None if entry.shape == parameter.shape and entry.ndim > 1 else max(range(entry.ndim), key=lambda i: entry.shape[i])
+        axis = (
+            None
+            if entry.shape == parameter.shape and entry.ndim > 1
+            else max(range(entry.ndim), key=lambda i: entry.shape[i])
+        )
         index = entry.flatten().nonzero().flatten()
         frozen = ~entry
         # Without it the gradient of the frozen part would count in a norm that is clipped.
-        hook = parameter.register_hook(lambda gradient: gradient.masked_fill(frozen, 0))
+        hook = parameter.register_hook(lambda gradient: gradient.masked_fill(frozen, 0))  # type: ignore[no-untyped-call]
         part = cls(name, parameter, axis, index, parameter, hook)
         part.copy = nn.Parameter(part.gather(parameter.detach()).clone())
         return part

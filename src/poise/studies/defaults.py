@@ -33,7 +33,13 @@ _Choice = tuple[str, dict[str, Any], float]
 CLASSIFICATION: _Choice = ("sgd", {"momentum": 0.9}, 0.02)
 REGRESSION: _Choice = ("adam", {}, 0.003)
 # A usual learning rate for an optimiser that the user names without giving one.
-_RATES = {"sgd": 0.02, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.01, "lion": 3e-4,
+_RATES = {
+    "sgd": 0.02,
+    "adam": 0.003,
+    "adamw": 0.003,
+    "rmsprop": 0.001,
+    "adagrad": 0.01,
+    "lion": 3e-4,
     "half_fine_tuning": 0.003,
 }
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "anchored": "poise.terms.parameters:AnchoredPenalty",
     "bootstrap": "poise.terms.robust:Bootstrap",
     "brier": "poise.terms.probability:Brier",
     "class_wise_self_distillation": "poise.terms.self_distillation:ClassWiseSelfDistillation",
