@@ -224,7 +224,8 @@ def matrices_of(
     """Find the matrices that a mask may freeze.
 
     Args:
-        model: a module, or its parameters by name. Only parameters that require gradients are drawn from, where it is a module.
+        model: a module, or its parameters by name. Where it is a module, only parameters that require gradients are drawn from
+            (all, where none does).
         categories: names out of "attention", "feed_forward", "norm" to restrict to; or a mapping from a name of your own to patterns
             of module names (`{"hidden": ["body.*"]}`). By default all three, by the names of Llama, Gemma, GPT-2, GPT-NeoX, OPT,
             BERT, T5, Phi-3 and PyTorch's own transformer layers; a model without any of them gives its weights of two dimensions or
@@ -403,7 +404,10 @@ def _named(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         home = first.setdefault(id(parameter), name)
         if home != name:
             aliases.setdefault(home, []).append(name)
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, aliases
+    named = dict(model.named_parameters())
+    # A frozen copy of a model, such as a reference, is drawn from like the model.
+    trained = {n: p for n, p in named.items() if p.requires_grad} or named
+    return {n: p.detach() for n, p in trained.items()}, aliases
 
 
 def _rule(path: str, categories: Categories) -> _Rule | None:

@@ -304,9 +304,10 @@ class HalfFineTuning:
 
     def state_dict(self) -> dict[str, Any]:
         """Return mask, phase, the optimiser's state and the states that wait."""
+        optimizer = self.optimizer
         return {
             "phase": self.phase, "steps": self._steps, "spent": self._spent, "epoch": self._epoch, "seed": self.seed,
-            "mask": self.mask.digest(), "optimizer": self.optimizer.state_dict(),
+            "mask": self.mask.digest(), "optimizer": optimizer.state_dict(),
             "parked": {name: dict(state) for name, state in self._parked.items()},
         }  # fmt: skip
 

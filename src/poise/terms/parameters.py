@@ -106,31 +106,32 @@ class AnchoredPenalty(Term):
         if ratio is not None:
             check(level, ratio)
         given = dict(reference.named_parameters()) if isinstance(reference, nn.Module) else reference
+        # What is found at the first evaluation is kept apart from the arguments, which name the objective in checkpoints.
         self.reference = None if given is None else _copies(given)
+        self._start, self._free = self.reference, mask
         # Fused queries, keys and values may lie head by head, which the module tells and its tensors do not.
         self.mask = mask
         if ratio is not None and isinstance(reference, nn.Module):
-            self.mask = draw_mask(matrices_of(reference, None, level), level, ratio, seed)
+            self._free = draw_mask(matrices_of(reference, None, level), level, ratio, seed)
         self.ratio, self.level, self.seed = ratio, level, seed
-        self._own = reference is None
 
     def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        if self.reference is None:
-            self.reference = _copies(parameters)
-        if self.mask is None and self.ratio is not None:
-            self.mask = draw_mask(matrices_of(self.reference, None, self.level), self.level, self.ratio, self.seed)
-        charged = [self._distance(name, p) for name, p in parameters.items() if name in self.reference]
+        if self._start is None:
+            self._start = _copies(parameters)
+        if self._free is None and self.ratio is not None:
+            self._free = draw_mask(matrices_of(self._start, None, self.level), self.level, self.ratio, self.seed)
+        charged = [self._distance(name, p) for name, p in parameters.items() if name in self._start]
         if not charged:
             few = ", ".join(list(parameters)[:3])
             raise InputError(f"anchored: the reference has none of the trained parameters ({few}, ...).")
         return 0.5 * torch.stack([c for c in charged if c is not None] or [torch.zeros(())]).sum()
 
     def _distance(self, name: str, parameter: Tensor) -> Tensor | None:
-        assert self.reference is not None
-        free: bool | Tensor = False if self.mask is None else self.mask.get(name, False)
+        assert self._start is not None
+        free: bool | Tensor = False if self._free is None else self._free.get(name, False)
         if free is True:
             return None
-        start = self.reference[name].to(parameter)
+        start = self._start[name].to(parameter)
         if start.shape != parameter.shape:
             raise InputError(
                 f"anchored: {name} is {tuple(parameter.shape)}, and in the reference it is {tuple(start.shape)}."
@@ -141,17 +142,18 @@ class AnchoredPenalty(Term):
         return moved.square().sum()
 
     def _apply(self, fn: Any, recurse: bool = True) -> AnchoredPenalty:
-        if self.reference is not None:
-            self.reference = {name: fn(value) for name, value in self.reference.items()}
+        if self._start is not None:
+            self._start = {name: fn(value) for name, value in self._start.items()}
+            self.reference = None if self.reference is None else self._start
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"reference": self.reference if self._own else None}
+        return {"reference": self._start if self.reference is None else None}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         if state["reference"] is not None:
-            self.reference, self._own = _copies(state["reference"]), True
+            self._start = _copies(state["reference"])
 
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
