@@ -80,9 +80,9 @@ def test_it_is_a_formula_whose_reference_is_where_training_began() -> None:
     start = copy.deepcopy(model)
     batch = {"input": x, "target": (x[:, 0] > 0).long()}
     poise.fit(model, "cross_entropy + 1000*anchored", batch, steps=30, lr=1e-4)
-    near = sum(float((a - b).norm()) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    near = sum(float((a - b).detach().norm()) for a, b in zip(model.parameters(), start.parameters(), strict=True))
     poise.fit(free := copy.deepcopy(start), "cross_entropy", batch, steps=30, lr=1e-4)
-    far = sum(float((a - b).norm()) for a, b in zip(free.parameters(), start.parameters(), strict=True))
+    far = sum(float((a - b).detach().norm()) for a, b in zip(free.parameters(), start.parameters(), strict=True))
     assert near < far
     text = "cross_entropy + 0.1*anchored(ratio=0.5, level='model')"
     assert str(poise.parse(text)) == text
