@@ -509,9 +509,11 @@ def _judge(outcomes: Mapping[tuple[str, int], list[Outcome]], negative: Mapping[
     holds = not reasons
     if (SLOWER, STEPS) in outcomes:
         slower = outcomes[SLOWER, STEPS]
+        rivals = _mean(slower, "knowledge") > _mean(half, "knowledge")
         reasons.append(
-            f"a smaller learning rate also forgets less: full at half the rate, learned {_mean(slower, 'learned'):.3f} (half: "
-            f"{_mean(half, 'learned'):.3f}), BWT {_mean(slower, 'backward'):+.3f}, knowledge {_mean(slower, 'knowledge'):+.3f}"
+            f"full fine-tuning at half the learning rate keeps {'more, so slower learning alone does as much' if rivals else 'less'}: "
+            f"learned {_mean(slower, 'learned'):.3f} (half: {_mean(half, 'learned'):.3f}), BWT {_mean(slower, 'backward'):+.3f}, "
+            f"knowledge {_mean(slower, 'knowledge'):+.3f}"
         )
     plain, longer = negative["full, 60 steps"], negative["matrices, 120 steps"]
     reasons.append(
