@@ -72,6 +72,7 @@ def test_every_method_trains_two_phases(name: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in start.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_texts_are_there_and_differ() -> None:
     texts = p09._texts()
     assert all(len(text) > 100_000 for text in texts.values())
