@@ -176,6 +176,8 @@ class Solver(Protocol):
         """Take it back."""
         ...
 
+    # A solver may also define `release()`, which `fit` calls at the end: it gives back what `bind` changed about the parameters.
+
 
 @dataclass(frozen=True)
 class Signals:
