@@ -1,7 +1,7 @@
 """What kind of question a query is: the label by which a reward chooses its branch, learned, or drawn as a control.
 
-    kind = QueryTypes().fit(labelled_queries, labels)         # bag of words + logistic regression
-    kind(["List three rivers.", "What is 2 + 2?"])            # ['open-ended', 'constrained']
+kind = QueryTypes().fit(labelled_queries, labels)         # bag of words + logistic regression
+kind(["List three rivers.", "What is 2 + 2?"])            # ['open-ended', 'constrained']
 """
 
 from __future__ import annotations
