@@ -66,12 +66,12 @@ def encode(encoder: Encoder, texts: Sequence[str], batch_size: int = 64, by_leng
 
 def _states_of(encoder: Encoder, batch: list[str]) -> Tensor:
     with torch.no_grad():
-        states = torch.as_tensor(encoder(batch))
+        states = torch.as_tensor(encoder(batch), dtype=torch.float64)
     if states.ndim != 2 or states.shape[0] != len(batch):
         raise QuantityError(
             f"encoder: expected float [{len(batch)}, d] for {len(batch)} texts, and it gave {list(states.shape)}."
         )
-    return states.detach().to(torch.float64)
+    return states.detach()
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -102,6 +102,8 @@ class TfidfEncoder:
     Args:
         dimensions: singular directions kept; fewer where the corpus has fewer words or texts.
         sublinear: 1 + log(count) in place of the count.
+        stop_words: "english" leaves out articles and the like. With them, one common word is a text that the leading
+            directions explain whole, and so close to everything: a shortcut for a policy that is trained on relevance.
         seed: of the randomised decomposition.
 
     Example:
@@ -110,10 +112,12 @@ class TfidfEncoder:
         torch.Size([2, 2])
     """
 
-    def __init__(self, dimensions: int = 128, sublinear: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, dimensions: int = 128, sublinear: bool = True, stop_words: str | None = None, seed: int = 0
+    ) -> None:
         if dimensions < 1:
             raise InputError(f"TfidfEncoder: dimensions must be at least 1, and it is {dimensions}.")
-        self.dimensions, self.sublinear, self.seed = dimensions, sublinear, seed
+        self.dimensions, self.sublinear, self.stop_words, self.seed = dimensions, sublinear, stop_words, seed
         self.vectorizer: Any = None
         self.directions: Any = None
 
@@ -122,7 +126,9 @@ class TfidfEncoder:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(sublinear_tf=self.sublinear, token_pattern=r"(?u)\b\w+\b")
+        vectorizer = TfidfVectorizer(
+            sublinear_tf=self.sublinear, stop_words=self.stop_words, token_pattern=r"(?u)\b\w+\b"
+        )
         counts = vectorizer.fit_transform(list(texts))
         most = min(counts.shape) - 1
         if most < 1:

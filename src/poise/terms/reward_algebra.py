@@ -327,7 +327,7 @@ class Feature(Reward):
 
     def evaluate(self, answers: Answers) -> _Outcome:
         given = self.function(**{name: answers.entries(name, self.name) for name in self.reads})
-        values = torch.as_tensor(given).detach().to(torch.float64)
+        values = torch.as_tensor(given, dtype=torch.float64).detach()
         if values.shape != (answers.size,):
             raise QuantityError(
                 f"{self.name}: expected one number for each of {answers.size} answers, and it gave shape {list(values.shape)}."

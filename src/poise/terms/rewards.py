@@ -282,7 +282,7 @@ class Toxicity(Reward):
 
     def evaluate(self, answers: Answers) -> _Outcome:
         texts = answers.texts("response", self.name)
-        p = torch.as_tensor(self.probability(texts)).detach().to(torch.float64)
+        p = torch.as_tensor(self.probability(texts), dtype=torch.float64).detach()
         if p.shape != (answers.size,) or bool(((p < 0) | (p > 1)).any()):
             raise QuantityError(
                 f"{self.name}: expected a probability in [0, 1] for each of {answers.size} answers, and the classifier gave "
