@@ -38,7 +38,7 @@ def _features(quick: bool) -> list[Ratio]:
     theirs = _authors(nltk)
     expected = torch.tensor(theirs(responses))
     torch.testing.assert_close(reward(responses), expected)
-    timing = paired(lambda: theirs(responses), lambda: reward(responses), repeats=3 if quick else 15, warmup=1)
+    timing = paired(lambda: theirs(responses), lambda: reward(responses), repeats=3 if quick else 9, warmup=1)
     detail = f"{len(responses)} responses of {TOKENS} tokens, nltk {nltk.__version__}: {_milliseconds(timing)}"
     return [Ratio("length and repetition with nltk / ours", timing.ratio, 5.0, "higher", detail)]
 
@@ -70,12 +70,12 @@ def _responses(count: int) -> list[str]:
 
 def _row_wise(quick: bool) -> list[Ratio]:
     """Relevance against the whole matrix of dot products and its diagonal, and how its time grows with the batch."""
-    batch, width = (512, 768) if quick else (4096, 768)
+    batch, width = (512, 768) if quick else (2048, 768)
     generator = torch.Generator().manual_seed(0)
     states = {f"{side}{i}": torch.randn(width, generator=generator) for side in "qr" for i in range(batch)}
     x = torch.stack([states[f"q{i}"] for i in range(batch)])
     y = torch.stack([states[f"r{i}"] for i in range(batch)])
-    repeats = 3 if quick else 15
+    repeats = 3 if quick else 9
 
     def whole() -> Tensor:
         return (x @ y.T).masked_select(torch.eye(batch, dtype=torch.bool))
@@ -129,7 +129,7 @@ class _SmallTransformer(nn.Module):
 
 
 def _by_length(quick: bool) -> Ratio:
-    count = 64 if quick else 512
+    count = 64 if quick else 256
     draw = random.Random(0)
     # Lengths of answers are skewed: most are short, some very long.
     texts = [
@@ -144,7 +144,7 @@ def _by_length(quick: bool) -> Ratio:
     timing = paired(
         lambda: encode(encoder, texts, 16, by_length=False),
         lambda: encode(encoder, texts, 16),
-        repeats=1 if quick else 5,
+        repeats=1 if quick else 3,
         warmup=1,
     )
     detail = f"{count} texts of 5 to 400 words, batches of 16, a transformer of two layers: {_milliseconds(timing)}"

@@ -4,8 +4,8 @@ Texts that every installation has: the help topics of Python (a paragraph's firs
 and the docstrings of Python, NumPy, SciPy, scikit-learn and PyTorch ("What does ... do?", the summary line answers;
 constrained). Two parts.
 
-Before training, the audit: 200 help queries, the encoder TF-IDF with 128 singular directions, six candidate answers, and which
-of them each reward pays most. A Bradley-Terry model of pairs whose fuller answer was chosen stands beside it.
+Before training, the audit: 200 help queries, the encoder TF-IDF with 128 singular directions fitted to the whole paragraphs, six
+candidate answers, and which of them each reward pays most. A Bradley-Terry model of pairs whose fuller answer was chosen stands beside it.
 
 In training: a word-level GRU of 2,000 words that can copy from its query, fitted to three quarters of 800 queries, then
 REINFORCE against each reward with a KL penalty whose weight adapts, three seeds. Ten checkpoints answer the held-out
@@ -388,7 +388,7 @@ def _measure(bench: Bench, policy: Policy) -> Checkpoint:
 
 
 def _audits(paragraphs: list[Question]) -> dict[str, RewardAudit]:
-    encoder = TfidfEncoder(DIRECTIONS).fit([text for row in paragraphs for text in (row.query, row.answer)])
+    encoder = TfidfEncoder(DIRECTIONS).fit([f"{row.query} {row.answer}" for row in paragraphs])
     cases = audit_cases([row.query for row in paragraphs], [row.answer for row in paragraphs])
     answered = [replace(case, type=CONSTRAINED) for case in cases]
     r_x, li, rp = Relevance(encoder), LengthIncentive(), RepetitionPenalty()
