@@ -59,13 +59,14 @@ def _authors(nltk: Any) -> Callable[[Sequence[str]], list[float]]:
 
 
 def _responses(count: int) -> list[str]:
-    """Real prose, the help topics of Python, cut to the wanted number of tokens, each response from another place."""
+    """Real prose, the help topics of Python as they stand, cut to the wanted number of tokens, each from another place."""
     from pydoc_data.topics import topics
 
-    tokens = re.findall(r"\w+|[^\w\s]+", " ".join(topics[name] for name in sorted(topics)))
+    prose = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    places = [match.start() for match in re.finditer(r"\w+|[^\w\s]+", prose)]
     draw = random.Random(0)
-    starts = [draw.randrange(len(tokens) - TOKENS) for _ in range(count)]
-    return [" ".join(tokens[start : start + TOKENS]) for start in starts]
+    starts = [draw.randrange(len(places) - TOKENS) for _ in range(count)]
+    return [prose[places[start] : places[start + TOKENS]] for start in starts]
 
 
 def _row_wise(quick: bool) -> list[Ratio]:

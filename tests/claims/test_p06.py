@@ -76,6 +76,14 @@ def test_each_failing_check_is_named(changed: dict[str, Checkpoint], why: str) -
     assert why in finding.reason
 
 
+def test_a_gold_that_likes_copies_is_told_in_the_reason() -> None:
+    reason = _judge(
+        AUDITS, paths(RELEVANCE=replace(ENDS[RELEVANCE], gold=0.2), RANDOM=replace(START, gold=0.1)), 0.9
+    ).reason
+    assert "gold tells less than it should" in reason
+    assert "copies 50% of the query" in reason
+
+
 def test_an_audit_that_pays_no_shortcut_contradicts_the_claim() -> None:
     finding = _judge({**AUDITS, RELEVANCE: audit(answer=0.9, copy=0.1)}, paths(), 0.9)
     assert finding.verdict == "fails"
