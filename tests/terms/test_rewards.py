@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from poise.errors import InputError, NonFiniteError, QuantityError
 from poise.parts.query_types import QueryTypes, RandomTypes
+from poise.parts.text_counts import TokenTable
 from poise.parts.text_encoders import TfidfEncoder
 from poise.terms.rewards import (
     CONSTRAINED,
@@ -61,6 +62,25 @@ def test_below_three_tokens_nothing_is_repeated(text: str) -> None:
 @given(texts)
 def test_words_are_those_of_the_regular_expression(text: str) -> None:
     assert words(text) == re.findall(r"\w+|[^\w\s]+", text)
+
+
+@given(st.lists(texts, min_size=1, max_size=5), st.integers(1, 5))
+def test_counting_many_texts_at_once_counts_each_of_them(batch: list[str], n: int) -> None:
+    table = TokenTable(batch)
+    assert table.counts.tolist() == [len(words(text)) for text in batch]
+    assert table.uniqueness(n).tolist() == [ngram_uniqueness(words(text), n) for text in batch]
+
+
+def test_every_white_space_of_unicode_and_half_a_surrogate_pair_are_counted_like_the_rest() -> None:
+    blanks = [chr(c) for c in range(0x3001) if chr(c).isspace()]
+    every = [f"a{blank}b" for blank in blanks] + ["a\u200bb c", "\ud800 a", "a\ud800"]
+    assert TokenTable(every).counts.tolist() == [len(re.findall(r"\w+|[^\w\s]+", text)) for text in every]
+    assert TokenTable([""] * 2).counts.tolist() == [0, 0]
+
+
+def test_long_ngrams_of_many_words_do_not_overflow() -> None:
+    text = " ".join(f"w{i % 700}" for i in range(1500))
+    assert TokenTable([text]).uniqueness(9).tolist() == [ngram_uniqueness(words(text), 9)]
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 4))
