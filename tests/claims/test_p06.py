@@ -126,6 +126,18 @@ def test_queries_and_answers_come_from_installed_texts() -> None:
 
 
 @pytest.mark.slow
+def test_a_small_study_runs_from_end_to_end_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"SEEDS": 1, "EACH": 24, "EPOCHS": 1, "STEPS": 10, "PROMPTS": 4, "MODULES": "math json"}
+    for name, value in small.items():
+        monkeypatch.setattr(p06, name, value)
+    told: list[float] = []
+    one = CLAIM.run(progress=lambda fraction, text: told.append(fraction))
+    assert one.figures == CLAIM.run().figures
+    assert told == sorted(told)
+    assert not any(math.isnan(value) for name, value in one.figures.items() if name != "spearman")
+
+
+@pytest.mark.slow
 def test_the_study_runs_and_measures_every_check() -> None:
     finding = CLAIM.run()
     assert finding.verdict in ("holds", "fails")

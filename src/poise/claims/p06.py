@@ -285,7 +285,7 @@ def _judge_of_letters(rows: Sequence[Question]) -> Callable[[Sequence[str], Sequ
 def _supervise(train: Sequence[Question], vocabulary: Vocabulary, seed: int) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
-        policy = Policy()
+        policy = Policy(len(vocabulary.words))
     query = vocabulary.ids([row.query for row in train], QUERY_LENGTH)
     answer = vocabulary.ids([row.answer for row in train], ANSWER_LENGTH, end=True)
     optimizer = torch.optim.Adam(policy.parameters(), SUPERVISED_RATE)
