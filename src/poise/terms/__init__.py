@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "best_of_n": "poise.terms.policy_gradient:BestOfN",
     "bootstrap": "poise.terms.robust:Bootstrap",
     "brier": "poise.terms.probability:Brier",
     "class_wise_self_distillation": "poise.terms.self_distillation:ClassWiseSelfDistillation",
@@ -23,6 +24,7 @@ CATALOGUE: dict[str, str] = {
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",
     "generalized_cross_entropy": "poise.terms.robust:GeneralizedCrossEntropy",
+    "grpo": "poise.terms.policy_gradient:GRPO",
     "huber": "poise.terms.supervised:Huber",
     "kl": "poise.terms.supervised:KL",
     "l1": "poise.terms.parameters:L1",
@@ -30,8 +32,14 @@ CATALOGUE: dict[str, str] = {
     "label_smoothing": "poise.terms.supervised:LabelSmoothing",
     "least_squares": "poise.terms.supervised:LeastSquares",
     "mixup": "poise.terms.supervised:Mixup",
+    "ppo_clip": "poise.terms.policy_gradient:PPOClip",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
+    "reference_kl": "poise.terms.policy_gradient:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
+    "reinforce": "poise.terms.policy_gradient:Reinforce",
+    "reward_weighted": "poise.terms.policy_gradient:RewardWeighted",
+    "rloo": "poise.terms.policy_gradient:RLOO",
+    "score": "poise.terms.policy_gradient:Score",
     "squared_error": "poise.terms.supervised:SquaredError",
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
 }
