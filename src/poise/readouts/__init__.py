@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
 from poise.readouts.supervised import Classification, Readout, Regression, readout_for
 
-__all__ = ["Classification", "Readout", "Regression", "readout_for"]
+__all__ = [
+    "Choices",
+    "Classification",
+    "OnPolicy",
+    "Readout",
+    "Regression",
+    "SampleTokens",
+    "collect",
+    "pairs_from_rewards",
+    "readout_for",
+]

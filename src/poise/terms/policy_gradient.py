@@ -400,6 +400,9 @@ class Reinforce(_Rewarded):
     formula = "reinforce"
     equation: ClassVar[str] = "-R, with the gradient of -(R - baseline) log pi(y)"
     source: ClassVar[str] = "Williams 1992; arXiv:2404.14367"
+    mean: Tensor
+    square: Tensor
+    visits: Tensor
     # The value is -R, and the gradient that of a surrogate: no line search, no second derivative.
     capabilities = frozenset({"deterministic"})
     bounded_below = False
@@ -497,9 +500,9 @@ class _Clipped(_Rewarded):
     def _check(self) -> None:
         _one_of(self.formula, "level", self.level, LEVELS)
         _one_of(self.formula, "aggregate", self.aggregate, AGGREGATES)
-        if self.clip is not None and not 0 < self.clip:
+        if self.clip is not None and not self.clip > 0:
             raise InputError(f"{self.formula}: clip must be positive, or None on fresh samples; it is {self.clip}.")
-        if self.clip_high is not None and not 0 < self.clip_high:
+        if self.clip_high is not None and not self.clip_high > 0:
             raise InputError(f"{self.formula}: clip_high must be positive, and it is {self.clip_high}.")
         _check_length(self.formula, self.aggregate, self.max_length)
 
