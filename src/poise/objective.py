@@ -160,6 +160,10 @@ class Term(nn.Module):
         """Return the quantities that this configuration does not read although `forward` names them (none by default)."""
         return ()
 
+    def requirements(self) -> tuple[str, ...]:
+        """Return the quantities that this configuration needs although `forward` gives them a default (none by default)."""
+        return ()
+
     def composes(self) -> Mapping[str, Objective]:
         """Return the quantities that an objective of the term's own makes, by the parameter that receives them (none by default).
 
@@ -171,8 +175,12 @@ class Term(nn.Module):
     @property
     def reads(self) -> tuple[str, ...]:
         """The quantities that this term needs."""
-        skipped, made = self.readings(), self.composes()
-        own = [p.name for p in _parameters_of(self.forward) if not p.optional and p.name not in {*skipped, *made}]
+        skipped, needed, made = self.readings(), self.requirements(), self.composes()
+        own = [
+            p.name
+            for p in _parameters_of(self.forward)
+            if (not p.optional or p.name in needed) and p.name not in {*skipped, *made}
+        ]
         return tuple(dict.fromkeys([*own, *(q for objective in made.values() for q in objective.reads)]))
 
     def on(self, stream: str | None = None, **renames: str) -> Objective:
@@ -310,7 +318,12 @@ class _Entry:
                         f"{self.label}.on({name}=...): the term does not read {name!r}; it reads {', '.join(sorted(known))}."
                         + nearest(name, known)
                     )
-        return tuple((p.name, renames.get(p.name, p.name), p.optional) for p in found if p.name not in skipped)
+        needed = self.term.requirements()
+        return tuple(
+            (p.name, renames.get(p.name, p.name), p.optional and p.name not in needed)
+            for p in found
+            if p.name not in skipped
+        )
 
 
 def _do_nothing() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError
 
 if TYPE_CHECKING:
-    from poise.objective import Term
+    from poise.objective import Objective, Term
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "aot": "poise.terms.preference.transport:AOT",
+    "apo_down": "poise.terms.preference.margin_losses:APODown",
+    "apo_zero": "poise.terms.preference.margin_losses:APOZero",
+    "bco_pair": "poise.terms.preference.margin_losses:BCOPair",
     "best_of_n": "poise.terms.policy_gradient:BestOfN",
     "bootstrap": "poise.terms.robust:Bootstrap",
     "brier": "poise.terms.probability:Brier",
@@ -19,31 +24,56 @@ CATALOGUE: dict[str, str] = {
     "compand_barrier": "poise.parts.companding:CompandBarrier",
     "confidence_penalty": "poise.terms.supervised:ConfidencePenalty",
     "cross_entropy": "poise.terms.supervised:CrossEntropy",
+    "discopop": "poise.terms.preference.margin_losses:DiscoPOP",
     "distillation": "poise.terms.self_distillation:Distillation",
+    "dpo": "poise.terms.preference.dpo:DPO",
+    "dpop": "poise.terms.preference.dpo:DPOP",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
+    "exo_pair": "poise.terms.preference.margin_losses:EXOPair",
+    "flex_dpo": "poise.terms.preference.flex:FlexDPO",
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",
     "generalized_cross_entropy": "poise.terms.robust:GeneralizedCrossEntropy",
     "grpo": "poise.terms.policy_gradient:GRPO",
     "huber": "poise.terms.supervised:Huber",
+    "ipo": "poise.terms.preference.margin_losses:IPO",
     "kl": "poise.terms.supervised:KL",
+    "kto": "poise.terms.preference.kto:KTO",
     "l1": "poise.terms.parameters:L1",
     "l2": "poise.terms.parameters:L2",
     "label_smoothing": "poise.terms.supervised:LabelSmoothing",
     "least_squares": "poise.terms.supervised:LeastSquares",
     "mixup": "poise.terms.supervised:Mixup",
+    "nca_pair": "poise.terms.preference.margin_losses:NCAPair",
+    "odds_ratio": "poise.terms.preference.simpo:OddsRatio",
     "ppo_clip": "poise.terms.policy_gradient:PPOClip",
+    "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
     "reference_kl": "poise.terms.policy_gradient:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient:Reinforce",
     "reward_weighted": "poise.terms.policy_gradient:RewardWeighted",
     "rloo": "poise.terms.policy_gradient:RLOO",
+    "robust_dpo": "poise.terms.preference.dpo:RobustDPO",
     "score": "poise.terms.policy_gradient:Score",
+    "sft": "poise.terms.preference.rpo:SFT",
+    "simpo": "poise.terms.preference.simpo:SimPO",
+    "slic": "poise.terms.preference.margin_losses:SLiC",
+    "soft_dpo": "poise.terms.preference.soft:SoftPreference",
+    "sppo_hard": "poise.terms.preference.margin_losses:SPPOHard",
     "squared_error": "poise.terms.supervised:SquaredError",
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
+    "tdpo": "poise.terms.preference.tdpo:TDPO",
+    "token_kl": "poise.terms.preference.margin:TokenKL",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
+
+SHORTHANDS: dict[str, str] = {
+    "cdpo": "poise.terms.preference.dpo:CDPO",
+    "orpo": "poise.terms.preference.simpo:ORPO",
+    "rpo": "poise.terms.preference.rpo:RPO",
+}
+"""Formula name -> "module:Function" of what stands for a sum of terms: it returns the objective, which prints as that sum."""
 
 
 def load(place: str) -> Any:
@@ -61,6 +91,11 @@ def find(name: str) -> type[Term] | None:
     return _DEFINED.get(name)
 
 
+def find_shorthand(name: str) -> Callable[..., Objective] | None:
+    """Return the function of a shorthand's name, or None."""
+    return load(SHORTHANDS[name]) if name in SHORTHANDS else None
+
+
 def names() -> list[str]:
     """Return every formula name that is known now."""
     from poise.objective import _DEFINED
@@ -69,8 +104,8 @@ def names() -> list[str]:
 
 
 def class_names() -> dict[str, str]:
-    """Return the built-in classes by class name."""
-    return {place.partition(":")[2]: place for place in CATALOGUE.values()}
+    """Return the built-in classes and shorthands by their name in Python."""
+    return {place.partition(":")[2]: place for place in (*CATALOGUE.values(), *SHORTHANDS.values())}
 
 
 def register(term: type[Term], name: str | None = None) -> type[Term]:
@@ -84,7 +119,7 @@ def register(term: type[Term], name: str | None = None) -> type[Term]:
     from poise.objective import _DEFINED
 
     name = name or term.formula
-    if name in CATALOGUE:
+    if name in CATALOGUE or name in SHORTHANDS:
         raise InputError(f"{name!r} is a built-in term; choose another name.")
     _DEFINED[name] = term
     return term

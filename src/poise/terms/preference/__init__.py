@@ -1,0 +1,47 @@
+"""Preference objectives: terms on pairs of answers, on single answers, and on their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from poise.lazy import load
+
+_HOME = {
+    "AOT": "transport",
+    "APODown": "margin_losses",
+    "APOZero": "margin_losses",
+    "BCOPair": "margin_losses",
+    "CDPO": "dpo",
+    "DPO": "dpo",
+    "DPOP": "dpo",
+    "DiscoPOP": "margin_losses",
+    "EXOPair": "margin_losses",
+    "FlexDPO": "flex",
+    "IPO": "margin_losses",
+    "KTO": "kto",
+    "NCAPair": "margin_losses",
+    "ORPO": "simpo",
+    "OddsRatio": "simpo",
+    "Pair": "margin",
+    "PairedTerm": "margin",
+    "PreferenceMargin": "margin",
+    "RPO": "rpo",
+    "RobustDPO": "dpo",
+    "SFT": "rpo",
+    "SLiC": "margin_losses",
+    "SPPOHard": "margin_losses",
+    "SimPO": "simpo",
+    "SoftPreference": "soft",
+    "TDPO": "tdpo",
+    "TokenKL": "margin",
+    "TokenTerm": "margin",
+    "answer_length": "margin",
+    "log_ratio": "margin",
+    "sequence_sum": "margin",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _HOME, name)
