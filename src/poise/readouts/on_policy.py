@@ -475,6 +475,9 @@ class Choices:
     [batch, 1]. A sequence model maps `<side>_ids` [batch, time] to logits [batch, time, choices] of each of them given
     those before. Language models with prompts have a readout of their own.
 
+    A model with an attribute `tabular = True` has few inputs, the cells: `input` int64 [batch] says which, and `model(None)`
+    gives the logits of all of them.
+
     Offers `logits` (bandit), and for each side of the batch (`response`, or `chosen` and `rejected`) `<side>_logps`,
     `<side>_entropy`, and with a reference `reference_<side>_logps`, `<side>_kl` and `<side>_reverse_kl`.
 
@@ -483,17 +486,22 @@ class Choices:
         sequences: the model reads the answers themselves.
     """
 
-    output = "logits"
-
     def __init__(self, reference: Callable[..., Tensor] | None = None, *, sequences: bool = False) -> None:
         self.reference, self.sequences = reference, sequences
+        self.output = "response_logps" if sequences else "logits"
 
     def __call__(self, model: ModelView, batch: Quantities, reads: frozenset[str]) -> Quantities:
         if not self.sequences:
+            # Few cells and many rows: the model answers once for each cell, and rows are looked up.
+            tabular = bool(getattr(model.module, "tabular", False))
             batch.offer("logits", lambda: model(batch["input"]))
+            if tabular:
+                batch.offer("table", lambda: model(None).log_softmax(-1))
             if self.reference is not None:
                 reference = self.reference
                 batch.offer("reference_logits", lambda: reference(batch["input"]).detach())
+                if tabular:
+                    batch.offer("reference_table", lambda: reference(None).detach().log_softmax(-1))
         for side in ("response", "chosen", "rejected"):
             if f"{side}_ids" in batch:
                 self._offer_side(side, model, batch)
@@ -509,29 +517,26 @@ class Choices:
         return batch
 
     def _offer_side(self, side: str, model: ModelView, batch: Quantities) -> None:
-        gathers = bool(getattr(model.module, "gathers", False))
         batch.offer(f"{side}_log_p", lambda: self._log_p(side, model, batch, "logits"))
-        batch.offer(
-            f"{side}_logps",
-            (lambda: model(batch["input"], batch[f"{side}_ids"]))
-            if gathers
-            else (lambda: _taken(batch, side, batch[f"{side}_log_p"])),
-        )
+        batch.offer(f"{side}_logps", lambda: self._logps(side, batch, "table", f"{side}_log_p"))
         batch.offer(f"{side}_entropy", lambda: _inside(batch, side, _entropy(batch[f"{side}_log_p"])))
         if self.reference is None:
             return
         reference = self.reference
         batch.offer(f"{side}_reference_log_p", lambda: self._log_p(side, reference, batch, "reference_logits").detach())
         if f"reference_{side}_logps" not in batch:
-            batch.offer(
-                f"reference_{side}_logps",
-                (lambda: reference(batch["input"], batch[f"{side}_ids"]).detach())
-                if gathers
-                else (lambda: _taken(batch, side, batch[f"{side}_reference_log_p"])),
-            )
+            names = ("reference_table", f"{side}_reference_log_p")
+            batch.offer(f"reference_{side}_logps", lambda: self._logps(side, batch, *names))
         p, q = f"{side}_log_p", f"{side}_reference_log_p"
         batch.offer(f"{side}_kl", lambda: _inside(batch, side, _divergence(batch[q], batch[p])))
         batch.offer(f"{side}_reverse_kl", lambda: _inside(batch, side, _divergence(batch[p], batch[q])))
+
+    def _logps(self, side: str, batch: Quantities, table: str, log_p: str) -> Tensor:
+        """Return the log-probability of each choice that was made: from the table of all cells where there is one."""
+        if table not in batch:
+            return _taken(batch, side, batch[log_p])
+        rows = batch[table]
+        return rows.flatten()[batch["input"][:, None] * rows.shape[1] + batch[f"{side}_ids"]]  # type: ignore[no-any-return]
 
     def _log_p(self, side: str, model: Callable[..., Tensor], batch: Quantities, logits: str) -> Tensor:
         """Return the log-probabilities of all choices, [batch, time, choices]."""

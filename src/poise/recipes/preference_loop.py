@@ -166,9 +166,12 @@ class _Watch:
         every = self.every or max(1, state.steps // 20)
         if state.step % every and state.step != state.steps:
             return
+        held = self.stream.held
+        if held is not None and "reward" in held:
+            state.history.add("preference/reward", state.step, float(held["reward"].mean()))
         found = self._measure(state.model)
         if found is not None:
-            for name in ("reward", "winners", "losers", "winners_gain", "losers_gain", "margin"):
+            for name in ("winners", "losers", "winners_gain", "losers_gain", "margin"):
                 state.history.add(f"preference/{name}", state.step, getattr(found, name))
 
     def _measure(self, model: nn.Module) -> PreferenceStatistics | None:

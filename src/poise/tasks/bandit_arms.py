@@ -134,16 +134,17 @@ class TabularAgent(nn.Module):
     z = log(start) + sqrt(rate) w,    so that SGD on w with rate 1 is SGD on z with the cell's rate
 
     Args:
-        start: probabilities float [arms].
+        start: probabilities float [arms], or of each cell [cells, arms].
         cells: independent copies (states, seeds, settings), trained at once.
         rates: float [cells] or None for 1.
     """
 
-    gathers = True
+    tabular = True
 
     def __init__(self, start: Tensor, cells: int = 1, rates: Tensor | None = None) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(cells, len(start)))
+        cells = len(start) if start.ndim == 2 else cells
+        self.w = nn.Parameter(torch.zeros(cells, start.shape[-1]))
         self.register_buffer("start", start.log().float())
         self.register_buffer("scale", torch.ones(cells, 1) if rates is None else rates.float().sqrt()[:, None])
 
@@ -154,9 +155,9 @@ class TabularAgent(nn.Module):
         """Return the logits of every cell, [cells, arms]."""
         return self.start + self.scale * self.w
 
-    def forward(self, input: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return the logits [rows, arms] of the cells `input` int64 [rows], or the log-probabilities of `ids` [rows, 1]."""
-        return _look_up(self.table(), input, ids)
+    def forward(self, input: Tensor | None) -> Tensor:
+        """Return the logits [rows, arms] of the cells `input` int64 [rows], or of all cells for None."""
+        return self.table() if input is None else self.table()[input]
 
 
 class NetworkAgent(nn.Module):
@@ -173,7 +174,7 @@ class NetworkAgent(nn.Module):
         seed: of the weights; orthogonal, biases 0.
     """
 
-    gathers = True
+    tabular = True
 
     def __init__(self, contexts: Tensor, arms: int = ARMS, feature: int = 50, hidden: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -199,9 +200,9 @@ class NetworkAgent(nn.Module):
                 x = x.relu()
         return x.flatten(0, 1)
 
-    def forward(self, input: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return the logits [rows, arms] of the cells `input` int64 [rows], or the log-probabilities of `ids` [rows, 1]."""
-        return _look_up(self.table(), input, ids)
+    def forward(self, input: Tensor | None) -> Tensor:
+        """Return the logits [rows, arms] of the cells `input` int64 [rows], or of all cells for None."""
+        return self.table() if input is None else self.table()[input]
 
     def fit_to(self, probabilities: Tensor, steps: int = 100, lr: float = 0.01) -> NetworkAgent:
         """Start at the data: minimise KL(agent || data) with Adam, as the paper does."""
@@ -222,13 +223,6 @@ def _orthogonal(seeds: int, inputs: int, outputs: int, generator: torch.Generato
     for matrix in stack:
         nn.init.orthogonal_(matrix, generator=generator)
     return nn.Parameter(stack)
-
-
-def _look_up(table: Tensor, input: Tensor, ids: Tensor | None) -> Tensor:
-    if ids is None:
-        return table[input]
-    log_p = table.log_softmax(-1)
-    return log_p.flatten()[input[:, None] * log_p.shape[1] + ids]
 
 
 def draw_arms(model: nn.Module, prompts: Batch, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,0 +1,39 @@
+"""The claim of paper 13: how it judges, and that its study runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from poise.claims.p13 import CLAIM, FIXED, LOSSES, ON_POLICY, REUSE_LOSSES, REUSES, Cell, _judge
+
+
+def scores(far: float = 0.5, near: float = 0.05, lost: float = 0.2):
+    coverage = {}
+    for name in LOSSES:
+        for peak, gap in (("far", far), ("near", near)):
+            coverage[Cell(peak, name, FIXED)], coverage[Cell(peak, name, ON_POLICY)] = 0.4, 0.4 + gap
+    reuse = {(name, t): 0.9 - lost * (t > 1) for name in REUSE_LOSSES for t in REUSES}
+    return coverage, reuse
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "word"),
+    [
+        ({}, "holds", ""),
+        ({"far": 0.2}, "fails", "0.3 was asked for"),
+        ({"near": 0.2}, "fails", "at most 0.1 was asked for"),
+        ({"near": -0.1}, "fails", "worse than offline"),
+        ({"lost": 0.0}, "fails", "0.05 was asked for"),
+    ],
+)
+def test_the_claim_is_judged_by_gaps_and_by_the_fall(change: dict[str, float], verdict: str, word: str) -> None:
+    finding = _judge(*scores(**change))
+    assert finding.verdict == verdict
+    assert word in finding.reason
+    assert "BoN 0.400 -> " in finding.measured
+    assert finding.figures["reuse/BoN/1"] == 0.9
+
+
+@pytest.mark.slow
+def test_the_study_runs_and_the_claim_holds() -> None:
+    assert CLAIM.run().verdict == "holds"
