@@ -81,7 +81,6 @@ def _judge(coverage: dict[Cell, float], reuse: dict[tuple[str, int], float]) -> 
     }
     lost = {name: reuse[name, REUSES[0]] - reuse[name, REUSES[-1]] for name in REUSE_LOSSES}
     reasons = [*_failures(gaps), *_no_fall(lost)]
-    verdict = "fails" if reasons else "holds"
     table = "; ".join(
         f"{peak}: "
         + ", ".join(
@@ -96,7 +95,7 @@ def _judge(coverage: dict[Cell, float], reuse: dict[tuple[str, int], float]) -> 
     )
     figures = {f"{c.peak}/{c.loss}/{'on-policy' if c.on_policy else 'offline'}": v for c, v in coverage.items()}
     figures |= {f"reuse/{name}/{t}": value for (name, t), value in reuse.items()}
-    return Finding(verdict, measured, "; ".join(reasons) or _remark(gaps), figures)
+    return Finding("fails" if reasons else "holds", measured, "; ".join(reasons) or _remark(gaps), figures)
 
 
 def _failures(gaps: dict[tuple[str, str], float]) -> Iterator[str]:
