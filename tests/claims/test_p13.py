@@ -20,10 +20,12 @@ def scores(far: float = 0.5, near: float = 0.05, lost: float = 0.2):
     ("change", "verdict", "word"),
     [
         ({}, "holds", ""),
-        ({"far": 0.2}, "fails", "0.3 was asked for"),
-        ({"near": 0.2}, "fails", "at most 0.1 was asked for"),
+        ({"far": 0.2}, "holds", "below the 0.3 that a reference study expected"),
+        ({"near": 0.2}, "holds", "above the 0.1"),
+        ({"far": 0.02, "near": 0.0}, "fails", "offline equals on-policy"),
+        ({"far": 0.2, "near": 0.3}, "fails", "0.300 on 'near'"),
         ({"near": -0.1}, "fails", "worse than offline"),
-        ({"lost": 0.0}, "fails", "0.05 was asked for"),
+        ({"lost": 0.0}, "fails", "reuse has no effect"),
     ],
 )
 def test_the_claim_is_judged_by_gaps_and_by_the_fall(change: dict[str, float], verdict: str, word: str) -> None:
