@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from poise.errors import InputError
-from poise.readouts.on_policy import Choices, collect
+from poise.readouts.on_policy import Choices, collect, pairs_from_rewards
 from poise.recipes.preference_loop import preference_loop
 from poise.tasks.bandit_arms import (
     BanditArms,
+    LearnedReward,
     LengthAgent,
     LengthTask,
     NetworkAgent,
@@ -156,3 +157,18 @@ def test_arms_of_a_model_without_a_table_are_drawn_too() -> None:
         out = draw_arms(model, {"input": torch.ones(5, 2)}, torch.Generator().manual_seed(0))
         expected = model(torch.ones(5, 2)).log_softmax(-1).gather(1, out["response_ids"])
     torch.testing.assert_close(out["behaviour_logps"], expected)
+
+
+def test_a_learned_reward_orders_lengths_as_the_true_one() -> None:
+    task = LengthTask("mode", target=6)
+    agent = LengthAgent(task.reference)
+    answers = collect(agent, 64, task.draw, task.score, samples=4)
+    learned = LearnedReward(longest=24).learn(answers, samples=4, steps=100)
+    with torch.no_grad():
+        held_out = collect(agent, 64, task.draw, learned.both(task), samples=4, seed=1)
+    pairs = pairs_from_rewards(held_out["true_reward"].view(-1, 4))
+    scores = held_out["reward"].view(-1, 4)
+    right = scores[pairs.prompt, pairs.winner] > scores[pairs.prompt, pairs.loser]
+    assert float(right.double().mean()) > 0.85
+    with pytest.raises(InputError, match="no preferences to learn from"):
+        learned.learn({**answers, "reward": torch.zeros(256)}, samples=4)

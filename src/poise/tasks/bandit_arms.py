@@ -14,7 +14,7 @@ Source: arXiv:2404.14367, sections 4 and 5, and its code.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -23,12 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError
-from poise.quantities import derive
+from poise.problem import ModelView
+from poise.quantities import Quantities, derive
+from poise.readouts.on_policy import pairs_from_rewards
 from poise.streams import Batch
+from poise.training import fit
 
 __all__ = [
     "BanditArms",
     "BanditReport",
+    "LearnedReward",
     "LengthAgent",
     "LengthTask",
     "NetworkAgent",
@@ -429,3 +433,80 @@ class LengthTask:
         ids = (place == length).long()
         log_p = model(ids).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         return {"response_ids": ids, "response_mask": mask, "behaviour_logps": torch.where(mask, log_p, 0.0)}
+
+
+# ---- a reward that is learned ---------------------------------------------------------------------------------------
+
+
+class LearnedReward(nn.Module):
+    """A reward model of lengths, fitted to preferences alone (Bradley-Terry), and used as `score`.
+
+    P(a preferred to b) = sigma(r(a) - r(b)),    r a small network of the length
+
+    What it knows ends with the lengths of its pairs: beyond them it extrapolates, and a policy will go there. Scoring with
+    `both(task)` gives the learned reward, and the true one beside it.
+
+    Args:
+        longest: the length that is mapped to 1.
+        hidden: width.
+        seed: of the weights.
+    """
+
+    def __init__(self, longest: int, hidden: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        self.longest = longest
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "weights"))
+            self.network = nn.Sequential(
+                nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)
+            )
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Return r of answers with this mask [rows, time]: float [rows]."""
+        scores: Tensor = self.network(mask.sum(1, keepdim=True).float() / self.longest)
+        return scores.squeeze(-1)
+
+    def score(self, batch: Batch) -> Tensor:
+        """Return r of a batch of answers, float [rows]."""
+        scores: Tensor = self(batch["response_mask"])
+        return scores
+
+    def both(self, task: LengthTask) -> Callable[[Batch], dict[str, Tensor]]:
+        """Return a `score` that gives `reward`, the learned one, and `true_reward`."""
+        return lambda batch: {"reward": self.score(batch), "true_reward": task.score(batch)}
+
+    def learn(
+        self, answers: Batch, samples: int, *, steps: int = 200, lr: float = 1e-2, seed: int = 0
+    ) -> LearnedReward:
+        """Fit it to every pair of unequal rewards within the groups of `answers`, as `collect` returns them."""
+        pairs = pairs_from_rewards(answers["reward"].view(-1, samples))
+        if not len(pairs):
+            raise InputError("All answers have equal rewards, so there are no preferences to learn from.")
+        mask = answers["response_mask"]
+        data = {
+            "chosen_mask": mask[pairs.prompt * samples + pairs.winner],
+            "rejected_mask": mask[pairs.prompt * samples + pairs.loser],
+        }
+        # Without a reference and with beta = 1, DPO of scores is the Bradley-Terry model.
+        fit(
+            self,
+            "dpo(beta=1.0, reference_free=True)",
+            {"main": data},
+            readout=_Scores(),
+            solver="adamw",
+            lr=lr,
+            steps=steps,
+            seed=seed,
+        )
+        return self
+
+
+class _Scores:
+    """Offers the scores of both answers in the place of their log-probabilities."""
+
+    output = "chosen_logps"
+
+    def __call__(self, model: ModelView, batch: Quantities, reads: frozenset[str]) -> Quantities:
+        batch.offer("chosen_logps", lambda: model(batch["chosen_mask"]))
+        batch.offer("rejected_logps", lambda: model(batch["rejected_mask"]))
+        return batch
