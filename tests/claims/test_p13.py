@@ -36,6 +36,14 @@ def test_the_claim_is_judged_by_gaps_and_by_the_fall(change: dict[str, float], v
     assert finding.figures["reuse/BoN/1"] == 0.9
 
 
+def test_another_order_of_falling_than_the_papers_is_said() -> None:
+    coverage, reuse = scores()
+    reuse["PPO", 50] = 0.1
+    finding = _judge(coverage, reuse)
+    assert finding.verdict == "holds"
+    assert "likelihood falls first and PPO later, as the paper reports, does not appear" in finding.reason
+
+
 @pytest.mark.slow
 def test_the_study_runs_and_the_claim_holds() -> None:
     assert CLAIM.run().verdict == "holds"
