@@ -6,6 +6,7 @@ from typing import Any
 
 # At once, because the function and its file share a name and the function is what users mean.
 from poise.insight.distillation_spectrum import distillation_spectrum
+from poise.insight.mode_seeking import mode_seeking
 from poise.lazy import load
 
 _HOME: dict[str, str] = {
@@ -19,7 +20,10 @@ _HOME: dict[str, str] = {
     "LabelSuspects": "memorization",
     "MemorizationRecorder": "memorization",
     "MemorizationReport": "memorization",
+    "ModeSeeking": "mode_seeking",
     "Monotonicity": "reward_audit",
+    "PreferenceStatistics": "mode_seeking",
+    "Recommendation": "mode_seeking",
     "RefinementRecorder": "self_distillation",
     "RefinementReport": "self_distillation",
     "RescalingGroup": "self_distillation",
@@ -35,6 +39,8 @@ _HOME: dict[str, str] = {
     "copy_rate": "reward_audit",
     "decay_pull": "weights",
     "effective_lr_profile": "weights",
+    "flow": "mode_seeking",
+    "flow_steps": "mode_seeking",
     "gradient_coefficients": "memorization",
     "gradient_rescaling": "self_distillation",
     "hard_examples": "self_distillation",
@@ -42,12 +48,15 @@ _HOME: dict[str, str] = {
     "monotonicity": "reward_audit",
     "past_predictions": "self_distillation",
     "preference_coverage": "coverage",
+    "preference_statistics": "mode_seeking",
+    "recommend": "mode_seeking",
     "suspect_labels": "memorization",
+    "tilted": "mode_seeking",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
-__all__ = ["distillation_spectrum", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
