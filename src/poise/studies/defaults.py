@@ -17,14 +17,14 @@ from poise.solvers.torch_optimizers import as_solver
 from poise.studies.config import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from poise.tasks import Task
+    from poise.tasks.contract import AnyTask
 
 STEPS = 1500
 # A usual learning rate for an optimiser that the user names without giving one.
 _RATES = {"sgd": 0.02, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.01, "lion": 3e-4}
 
 
-def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> TrainingConfig:
+def resolve_training(given: TrainingConfig, task: AnyTask, data: DataConfig) -> TrainingConfig:
     """Fill in what the user left out.
 
     Args:
@@ -65,7 +65,7 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     )
 
 
-def model_code(given: TrainingConfig, task: Task) -> str:
+def model_code(given: TrainingConfig, task: AnyTask) -> str:
     """Return the sha256 of what the user's own model is made of, so that a changed model is another run.
 
     Raises:

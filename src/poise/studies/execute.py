@@ -29,7 +29,7 @@ from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 from poise.training import FitState, Run, fit
 
 if TYPE_CHECKING:
-    from poise.tasks import Split, Task
+    from poise.tasks.contract import AnySplit, AnyTask
 
 CHECKPOINT_SECONDS = 30.0
 # Short names for what people ask for most; any schedule of the formula language works as well.
@@ -144,8 +144,8 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
 
 def train(
     spec: RunSpec,
-    task: Task,
-    split: Split,
+    task: AnyTask,
+    split: AnySplit,
     *,
     folder: Path | None = None,
     report: Callable[[float], None] | None = None,
@@ -188,11 +188,11 @@ def train(
         return attempt()
 
 
-def _measure(run: Run, split: Split, part: str) -> dict[str, float]:
+def _measure(run: Run, split: AnySplit, part: str) -> dict[str, float]:
     return {f"{part}/{metric}": float(value) for metric, value in split.measure(run, part).items()}
 
 
-def _data(data: DataSpec, seed: int) -> tuple[Task, Split]:
+def _data(data: DataSpec, seed: int) -> tuple[AnyTask, AnySplit]:
     task = _load(data)
     if data.fingerprint and task.fingerprint != data.fingerprint:
         raise InputError(
@@ -204,15 +204,16 @@ def _data(data: DataSpec, seed: int) -> tuple[Task, Split]:
 
 # A worker runs many specifications on the same data; loading and splitting them once is enough.
 @lru_cache(maxsize=1)
-def _load(data: DataSpec) -> Task:
+def _load(data: DataSpec) -> AnyTask:
     from poise.tasks import load_task
 
     return load_task(data.source, **data.arguments())
 
 
 @lru_cache(maxsize=2)
-def _split(data: DataSpec, seed: int) -> Split:
-    return _load(data).split(seed)
+def _split(data: DataSpec, seed: int) -> AnySplit:
+    split: AnySplit = _load(data).split(seed)
+    return split
 
 
 def _is_memory(error: Exception) -> bool:

@@ -33,7 +33,7 @@ from poise.studies.summary import FailedRun, Summary, TaskSummary
 
 if TYPE_CHECKING:
     from poise.objective import Objective
-    from poise.tasks import Task
+    from poise.tasks.contract import AnyTask
 
 STORE, TOML, CHECKPOINTS = "study.sqlite", "study.toml", "checkpoints"
 # Progress inside runs is passed on at most this often; the end of a run always is.
@@ -276,7 +276,7 @@ class Study:
             return summarize(plan, described, store.curves)
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The loaded task.
 
         Raises:
@@ -568,7 +568,7 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
     )
 
 
-def _describe(task: Task, metric: str | None) -> TaskSummary:
+def _describe(task: AnyTask, metric: str | None) -> TaskSummary:
     known = task.metric_names
     if metric is not None and metric not in known:
         raise InputError(

@@ -68,7 +68,7 @@ def score(
     # Answers of like length together: less padding, the same numbers.
     order = data.lengths.argsort(stable=True)
     with torch.no_grad():
-        for rows in order.split(batch):
+        for rows in torch.split(order, batch):
             moved = {k: v.to(device) for k, v in data.collate([data[int(i)] for i in rows]).items()}
             found = readout(ModelView(model), Quantities(moved, device=device), frozenset(reads))
             for side in data.sides:

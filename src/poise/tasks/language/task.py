@@ -68,8 +68,15 @@ class LanguageTask:
     warnings: list[str] = field(default_factory=list)
     reward: Callable[[str, str], float] | None = field(default=None, compare=False)
 
-    classes = None
-    input_shape: tuple[int, ...] = ()
+    @property
+    def classes(self) -> None:
+        """Texts have none."""
+        return
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Texts have none."""
+        return ()
 
     @property
     def examples(self) -> int:
@@ -123,7 +130,8 @@ class LanguageTask:
             return name if ":" in name else str(Path(name).resolve())
         if self.reward is None:
             raise InputError(
-                f"Give the folder of a causal language model to train on {self.source}: --model FOLDER (config.json, safetensors, tokenizer)."
+                f"Give the folder of a causal language model to train on {self.source}: --model FOLDER (with config.json, safetensors and "
+                "a tokenizer)."
             )
         from poise.tasks.language.tiny import tiny_folder
 
@@ -157,8 +165,7 @@ class LanguageTask:
         model: str,
         seed: int,
         device: str = "auto",
-        lora: int | None = None,
-        gradient_checkpointing: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
         """Return what `poise.fit` is given beside the objective and the training settings.
 
@@ -167,11 +174,12 @@ class LanguageTask:
             model: the folder.
             seed: decides an adapter's start.
             device: where the model is put.
-            lora: rank of an adapter that is trained instead of all weights.
-            gradient_checkpointing: compute activations twice instead of keeping them.
+            options: `lora`, the rank of an adapter that is trained instead of all weights; `gradient_checkpointing`, to compute
+                activations twice instead of keeping them.
         """
+        lora: int | None = options.get("lora")
         folder = self.choose_model(model)
-        loaded = self.load(folder, gradient_checkpointing=gradient_checkpointing)
+        loaded = self.load(folder, gradient_checkpointing=bool(options.get("gradient_checkpointing")))
         policy = loaded.model.to(choose_device(device))
         split.prepare(folder, loaded)
         if lora is not None:
@@ -222,6 +230,11 @@ class LanguageSplit:
             )
         self.warnings = [note for note in dict.fromkeys(t.note for t in self._tokens.values()) if note]
         self._start = {"watched": score(loaded.model, self._tokens["watched"], _device(loaded.model))}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that was prepared."""
+        return self._tokenizer
 
     def tokens(self, part: str) -> TokenizedRecords:
         """Return a part as tokens of the model that was prepared."""
@@ -328,8 +341,8 @@ def load_language_task(
     records, reward = _read(source, skip_bad)
     if records.kind not in _PRIMARY:
         raise InputError(
-            f"{source} holds {records.kind}, and a comparison trains on pairs, labelled answers, answers or texts. Scored answers and prompts "
-            "are for training on samples: see poise.readouts.OnPolicy."
+            f"{source} holds {records.kind}, and a comparison trains on pairs, labelled answers, answers or texts. Scored answers and "
+            "prompts are for training on samples: see poise.readouts.OnPolicy."
         )
     test = None if test_file is None else read_records(test_file, kind=records.kind, skip_bad=skip_bad)
     records = records.limit(limit)
