@@ -74,7 +74,7 @@ def model_code(given: TrainingConfig, task: AnyTask) -> str:
     code = task.model_code(given.model)
     if given.model_code not in ("", code):
         raise InputError(
-            f"The model {given.model} has changed since study.toml was written. Restore it, or delete the "
+            f"The source of the model {given.model} has changed since study.toml was written. Restore it, or delete the "
             "line 'model_code' to study the new one."
         )
     return code
