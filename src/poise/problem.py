@@ -176,6 +176,8 @@ class Solver(Protocol):
         """Take it back."""
         ...
 
+    # A solver may also define `release()`, which `fit` calls at the end: it gives back what `bind` changed about the parameters.
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -317,7 +319,7 @@ class Problem:
             total = self.objective._total(parts)
             if first:
                 if self.record and self.objective.stateful:
-                    self.objective.record(number, sources, parts, None, self._denominators)
+                    self.objective.record(number, sources, parts, self._denominators)
                 for label, part in parts.items():
                     before = reports.get(label)
                     value = part.reduced.detach()
@@ -433,9 +435,7 @@ class Problem:
             outputs: one tensor a micro-batch, as `outputs()` gives them.
         """
         reading = frozenset(
-            e.label
-            for e in self.objective._entries
-            if any(quantity == self._output for _, quantity, _ in e.forward_reads)
+            e.label for e in self.objective._entries if any(reading.name == self._output for reading in e.forward_reads)
         )
         whole: Tensor | None = None
         for number, output in enumerate(outputs):

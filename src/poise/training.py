@@ -320,6 +320,13 @@ class _Loop:
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
+        try:
+            return self._run()
+        finally:
+            # A solver that took parameters out of training gives them back, whatever happened.
+            getattr(self.solver, "release", lambda: None)()
+
+    def _run(self) -> Run:
         with _deterministic(self.options["deterministic"]), self._listening(), _Memory(self.device) as memory:
             self._resume()
             with _bar(self.options["progress"], self.state) as report, self._tracking() as track:

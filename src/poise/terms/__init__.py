@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "anchored": "poise.terms.parameters:AnchoredPenalty",
     "aot": "poise.terms.preference.transport:AOT",
     "apo_down": "poise.terms.preference.margin_losses:APODown",
     "apo_zero": "poise.terms.preference.margin_losses:APOZero",

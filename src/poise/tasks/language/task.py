@@ -22,7 +22,7 @@ from poise.readouts.language import AdapterOff, Reference
 from poise.run import choose_device
 from poise.tasks.language.measure import Pages, metrics, profile, sample, score
 from poise.tasks.language.models import LanguageModel, add_lora, load_language_model
-from poise.tasks.language.records import Records, read_records
+from poise.tasks.language.records import Records, Text, read_records
 from poise.tasks.language.tokens import TokenizedRecords, tokenize
 from poise.tasks.splits import check_fractions, group_split
 
@@ -40,6 +40,8 @@ _WATCHED = 64
 """Held-out answers that the curves during training are taken on."""
 _SAMPLED = 8
 """Prompts that the trained model answers for the report."""
+_REPLIES = 1500
+"""Pairs of the embedded source."""
 _RATES = ((10_000_000, 1e-3), (2_000_000_000, 1e-5))
 _SMALLEST_RATE, _ADAPTER = 1e-6, 10.0
 
@@ -66,7 +68,7 @@ class LanguageTask:
     test_records: Records | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    reward: Callable[[str, str], float] | None = field(default=None, compare=False)
+    reward: Callable[[Text, str], float] | None = field(default=None, compare=False)
 
     @property
     def classes(self) -> None:
@@ -116,30 +118,36 @@ class LanguageTask:
     def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
         """Return AdamW with a rate by the size of the model: 1e-3 below 10 million weights, 1e-5 below 2 billion, else 1e-6; an
         adapter learns at ten times the rate."""
-        size = _weights_of(self.choose_model(model))
+        size = _weights_of(self.folder(model))
         rate = next((rate for most, rate in _RATES if size < most), _SMALLEST_RATE)
         return "adamw", {"weight_decay": 0.0}, rate * (_ADAPTER if options.get("lora") else 1.0)
 
     def choose_model(self, name: str) -> str:
-        """Return the folder of the model; "auto" is the small one that comes with the embedded pairs.
+        """Return the folder of the model, absolute; "auto" stays, and is the small model that comes with the embedded pairs.
 
         Raises:
             InputError: "auto" for the user's own texts.
         """
         if name != "auto":
-            return name if ":" in name else str(Path(name).resolve())
+            return str(Path(name).resolve())
         if self.reward is None:
             raise InputError(
                 f"Give the folder of a causal language model to train on {self.source}: --model FOLDER (with config.json, safetensors and "
                 "a tokenizer)."
             )
+        return name
+
+    def folder(self, name: str) -> str:
+        """Return where a model lies; the small one is made first where it is not there (about a minute)."""
+        if self.choose_model(name) != "auto":
+            return self.choose_model(name)
         from poise.tasks.language.tiny import tiny_folder
 
         return str(tiny_folder())
 
     def model_code(self, name: str) -> str:
         """Return the sha256 of a model's weights and configuration."""
-        return _folder_hash(self.choose_model(name))
+        return _folder_hash(self.folder(name))
 
     def split(self, seed: int) -> LanguageSplit:
         """Draw training, validation and test records; answers to one prompt stay together.
@@ -153,7 +161,7 @@ class LanguageTask:
 
     def model(self, name: str = "auto", seed: int = 0) -> nn.Module:
         """Load a model; the seed decides nothing, as the weights are there already."""
-        return self.load(self.choose_model(name)).model
+        return self.load(self.folder(name)).model
 
     def load(self, folder: str, **options: Any) -> LanguageModel:
         """Load model and tokenizer; `options` as of `load_language_model`."""
@@ -178,7 +186,7 @@ class LanguageTask:
                 activations twice instead of keeping them.
         """
         lora: int | None = options.get("lora")
-        folder = self.choose_model(model)
+        folder = self.folder(model)
         loaded = self.load(folder, gradient_checkpointing=bool(options.get("gradient_checkpointing")))
         policy = loaded.model.to(choose_device(device))
         split.prepare(folder, loaded)
@@ -293,9 +301,7 @@ class LanguageSplit:
         answers = self._answers(run, part, most=32, draws=4)
         records = self._tokens[part].records
         return float(
-            torch.tensor([self.task.reward(_words(records.items[row].prompt), text) for row, text in answers])
-            .double()
-            .mean()
+            torch.tensor([self.task.reward(records.items[row].prompt, text) for row, text in answers]).double().mean()
         )
 
     def details(self, run: Run) -> dict[str, Any]:
@@ -372,14 +378,14 @@ def load_language_task(
     )
 
 
-def _read(source: str, skip_bad: bool) -> tuple[Records, Callable[[str, str], float] | None]:
+def _read(source: str, skip_bad: bool) -> tuple[Records, Callable[[Text, str], float] | None]:
     from poise.tasks.load import REPLIES
 
     if source != REPLIES:
         return read_records(source, skip_bad=skip_bad), None
     from poise.tasks.language.tiny import tiny_pairs, true_reward
 
-    return tiny_pairs(), true_reward
+    return tiny_pairs(_REPLIES), true_reward
 
 
 def _words(text: Any) -> str:
