@@ -34,6 +34,7 @@ CATALOGUE: dict[str, str] = {
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "squared_error": "poise.terms.supervised:SquaredError",
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
+    "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
 
