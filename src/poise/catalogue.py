@@ -28,10 +28,10 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of the formula language: what it is (`term` or `weight`), where (`module:Name`), what it does."""
+    """One name of the formula language: what it is (`kind`), where (`module:Name`), what it does."""
 
     name: str
-    kind: str  # "term", "weight" or "part"
+    kind: str  # "term", "shorthand", "weight" or "part"
     home: str
     summary: str
 
@@ -45,8 +45,14 @@ def entries() -> list[Entry]:
     """
     from poise.parts import CATALOGUE as PARTS
     from poise.terms import CATALOGUE as TERMS
+    from poise.terms import SHORTHANDS
 
-    kinds = (("term", dict(sorted(TERMS.items()))), ("weight", WEIGHTS), ("part", PARTS))
+    kinds = (
+        ("term", dict(sorted(TERMS.items()))),
+        ("shorthand", SHORTHANDS),
+        ("weight", WEIGHTS),
+        ("part", PARTS),
+    )
     return [Entry(name, kind, home, summary_of(home)) for kind, names in kinds for name, home in names.items()]
 
 

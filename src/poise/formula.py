@@ -174,7 +174,7 @@ class _Reader:
             return Time(name)
         if name in SCHEDULES:
             raise self._error(node, f"The schedule {name!r} needs arguments, as in '{name}(0, 1, steps=500)'.")
-        return Objective([Summand(self._build(node, name, {}))])
+        return self._build(node, name, {})
 
     def _operator(self, node: ast.BinOp, depth: int) -> Part:
         # Long sums lean to the left: walk them in a loop, so that a thousand terms are no thousand levels.
@@ -236,7 +236,7 @@ class _Reader:
             return self._make(node, name, SCHEDULES.get(name, auto.__call__), positional, keywords)  # type: ignore[no-any-return]
         if name in _FUNCTIONS:
             return self._make(node, name, _FUNCTIONS[name], positional, keywords)  # type: ignore[no-any-return]
-        return Objective([Summand(self._build(node, name, keywords, positional))])
+        return self._build(node, name, keywords, positional)
 
     def _method(self, node: ast.Call, function: ast.Attribute, depth: int) -> Objective:
         base = self._read(function.value, depth + 1)
@@ -285,18 +285,22 @@ class _Reader:
 
     # ---- making things ----------------------------------------------------------------------------------------------
 
-    def _build(self, node: ast.AST, name: str, keywords: dict[str, Any], positional: list[Any] | None = None) -> Term:
+    def _build(
+        self, node: ast.AST, name: str, keywords: dict[str, Any], positional: list[Any] | None = None
+    ) -> Objective:
+        """Build a term, or the sum of terms that a shorthand stands for."""
         from poise import terms
 
-        found = terms.find(name)
+        found = terms.find(name) or terms.find_shorthand(name)
         if found is None:
-            known = [*terms.names(), *SCHEDULES, *_FUNCTIONS, *self.bound, "auto", *_TIMES]
+            known = [*terms.names(), *terms.SHORTHANDS, *SCHEDULES, *_FUNCTIONS, *self.bound, "auto", *_TIMES]
             raise self._error(
                 node, f"There is no term {name!r}." + (nearest(name, known) or " `poise terms` lists what there is.")
             )
         if positional and not all(isinstance(p, Objective) for p in positional):
             raise self._error(node, f"The arguments of {name!r} are given by name: {_signature(name, found)}.")
-        return self._make(node, name, found, positional or [], keywords)  # type: ignore[no-any-return]
+        made = self._make(node, name, found, positional or [], keywords)
+        return made if isinstance(made, Objective) else Objective([Summand(made)])
 
     def _make(self, node: ast.AST, name: str, maker: Any, positional: list[Any], keywords: dict[str, Any]) -> Any:
         signature = inspect.signature(maker)
@@ -348,10 +352,15 @@ def term_text(term: Term) -> str:
     for parameter in inspect.signature(type(term)).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or not hasattr(term, parameter.name):
             continue
-        value = getattr(term, parameter.name)
+        value = _argument_of(term, parameter.name)
         if isinstance(value, Objective) or not _same(value, parameter.default):
             shown.append(f"{parameter.name}={_literal(value)}")
     return f"{term.formula}({', '.join(shown)})" if shown else term.formula
+
+
+def _argument_of(term: Term, name: str, default: Any = None) -> Any:
+    """Return what an argument was; one whose name a method of every term has, as `on`, is kept as `on_`."""
+    return getattr(term, f"{name}_" if hasattr(term, f"{name}_") else name, default)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -481,7 +490,7 @@ def explain(formula: str | Objective) -> str:
         if summand.stream:
             lines.append(f"    stream   {summand.stream}")
         arguments = [
-            f"{p.name}={_literal(getattr(term, p.name, p.default))}"
+            f"{p.name}={_literal(_argument_of(term, p.name, p.default))}"
             for p in inspect.signature(type(term)).parameters.values()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]

@@ -159,11 +159,19 @@ class Term(nn.Module):
         """Return the quantities that this configuration does not read although `forward` names them (none by default)."""
         return ()
 
+    def requirements(self) -> tuple[str, ...]:
+        """Return the quantities that this configuration needs although `forward` gives them a default (none by default)."""
+        return ()
+
     @property
     def reads(self) -> tuple[str, ...]:
         """The quantities that this term needs."""
-        skipped = self.readings()
-        return tuple(p.name for p in _parameters_of(self.forward) if not p.optional and p.name not in skipped)
+        skipped, needed = self.readings(), self.requirements()
+        return tuple(
+            p.name
+            for p in _parameters_of(self.forward)
+            if (not p.optional or p.name in needed) and p.name not in skipped
+        )
 
     def on(self, stream: str | None = None, **renames: str) -> Objective:
         """Bind the term to a stream, or rename what it reads: `term.on("anchor", logits="student_logits")`."""
@@ -289,7 +297,12 @@ class _Entry:
                         f"{self.label}.on({name}=...): the term does not read {name!r}; it reads {', '.join(sorted(known))}."
                         + nearest(name, known)
                     )
-        return tuple((p.name, renames.get(p.name, p.name), p.optional) for p in found if p.name not in skipped)
+        needed = self.term.requirements()
+        return tuple(
+            (p.name, renames.get(p.name, p.name), p.optional and p.name not in needed)
+            for p in found
+            if p.name not in skipped
+        )
 
 
 def _do_nothing() -> None:

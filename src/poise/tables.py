@@ -59,7 +59,13 @@ def fit_results(formula: str, task: Task, seconds: float, metrics: dict[str, flo
 def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
     """The names of the formula language, one line each."""
     entries = list(entries)
-    for kind, title in (("term", "Terms"), ("weight", "Weights"), ("part", "Parts of the model")):
+    titles = {
+        "term": "Terms",
+        "shorthand": "Shorthands for sums of terms",
+        "weight": "Weights",
+        "part": "Parts of the model",
+    }
+    for kind, title in titles.items():
         table = _grid()
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")

@@ -33,6 +33,7 @@ def test_every_row_is_prompt_then_opening_then_refusal_and_the_refusal_alone_is_
         assert ids[ids != -7].tolist() == expected
         place = ids.shape[0] - len(expected) if left else 0
         assert ids[place : place + len(expected)].tolist() == expected
+        assert torch.equal(made["response_attention"][row], ids != -7)
         assert ids[mask].tolist() == REFUSAL[row]
         assert made["response_positions"][row][mask].tolist() == list(range(len(REFUSAL[row])))
         assert bool((made["response_positions"][row][~mask] == -1).all())

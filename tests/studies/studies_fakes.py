@@ -12,6 +12,7 @@ from typing import Any
 
 from poise.studies.engine import RunEvent
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
+from poise.tasks.task import Task
 
 # What a term adds to the accuracy, so that a study has something to find.
 GAINS = {"cross_entropy": 0.7, "early_learning": 0.1, "l2": 0.0}
@@ -177,6 +178,13 @@ class SerialEngine:
         self.close()
 
 
+class FakeTask(SimpleNamespace):
+    """A task without data: what a study asks beside them, answered as the real one does."""
+
+    usual_batch, usual_epochs, usual_solver = Task.usual_batch, Task.usual_epochs, Task.usual_solver
+    metric_names, choose_model, model_code = Task.metric_names, Task.choose_model, Task.model_code
+
+
 def task(**changes: Any) -> Any:
     values = {
         "name": "digits",
@@ -191,7 +199,7 @@ def task(**changes: Any) -> Any:
         "primary": "accuracy",
         "direction": "max",
     }
-    return SimpleNamespace(**{**values, **changes})
+    return FakeTask(**{**values, **changes})
 
 
 def slow_on_seed_one_once(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:

@@ -38,7 +38,8 @@ class Recovery:
 
     The batch must hold `<side>_ids` int64 [batch, time] and `<side>_mask` bool [batch, time] (True on tokens, False on padding)
     for the sides `prompt`, `harmful` and `refusal`; `pad_sides` makes them. They are replaced by `response_ids`,
-    `response_mask`, `response_positions` and `recovery_depth` int64 [batch], the k that was drawn; all else stays.
+    `response_attention`, `response_mask`, `response_positions` and `recovery_depth` int64 [batch], the k that was drawn; all
+    else stays.
 
     Args:
         p_zero: probability of a plain refusal, k = 0, in [0, 1]; 1/2 in the paper.
@@ -121,7 +122,7 @@ def recovery_pairs(
         pad, side: token id that fills rows up, and where: "right" or "left".
 
     Returns: data of a stream, by name: `response_ids` int64 [examples, time] with prompt, opening and refusal;
-        `response_mask` bool, True on the refusal alone; `response_positions` int64, from 0 at the first token of the refusal,
+        `response_attention` bool, False on padding; `response_mask` bool, True on the refusal alone; `response_positions` int64, from 0 at the first token of the refusal,
         -1 outside; `recovery_depth` int64 [examples], the k that was drawn. `Recovery` draws k anew in every step.
 
     Raises:
@@ -175,6 +176,7 @@ def _close_up(ids: Tensor, keep: Tensor, learned: Tensor, pad: int, side: str) -
     mask = learned.gather(1, order) & kept
     return {
         "response_ids": ids.gather(1, order).masked_fill(~kept, pad),
+        "response_attention": kept,
         "response_mask": mask,
         "response_positions": torch.where(mask, mask.cumsum(1) - 1, -1),
     }

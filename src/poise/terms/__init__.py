@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError
 
 if TYPE_CHECKING:
-    from poise.objective import Term
+    from poise.objective import Objective, Term
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
@@ -19,6 +20,7 @@ CATALOGUE: dict[str, str] = {
     "confidence_penalty": "poise.terms.supervised:ConfidencePenalty",
     "cross_entropy": "poise.terms.supervised:CrossEntropy",
     "distillation": "poise.terms.self_distillation:Distillation",
+    "dpo": "poise.terms.preference.dpo:DPO",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",
@@ -30,13 +32,21 @@ CATALOGUE: dict[str, str] = {
     "label_smoothing": "poise.terms.supervised:LabelSmoothing",
     "least_squares": "poise.terms.supervised:LeastSquares",
     "mixup": "poise.terms.supervised:Mixup",
+    "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
+    "sft": "poise.terms.preference.rpo:SFT",
     "squared_error": "poise.terms.supervised:SquaredError",
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
+    "token_kl": "poise.terms.preference.margin:TokenKL",
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
+
+SHORTHANDS: dict[str, str] = {
+    "rpo": "poise.terms.preference.rpo:RPO",
+}
+"""Formula name -> "module:Function" of what stands for a sum of terms: it returns the objective, which prints as that sum."""
 
 
 def load(place: str) -> Any:
@@ -54,6 +64,11 @@ def find(name: str) -> type[Term] | None:
     return _DEFINED.get(name)
 
 
+def find_shorthand(name: str) -> Callable[..., Objective] | None:
+    """Return the function of a shorthand's name, or None."""
+    return load(SHORTHANDS[name]) if name in SHORTHANDS else None
+
+
 def names() -> list[str]:
     """Return every formula name that is known now."""
     from poise.objective import _DEFINED
@@ -62,8 +77,8 @@ def names() -> list[str]:
 
 
 def class_names() -> dict[str, str]:
-    """Return the built-in classes by class name."""
-    return {place.partition(":")[2]: place for place in CATALOGUE.values()}
+    """Return the built-in classes and shorthands by their name in Python."""
+    return {place.partition(":")[2]: place for place in (*CATALOGUE.values(), *SHORTHANDS.values())}
 
 
 def register(term: type[Term], name: str | None = None) -> type[Term]:
@@ -77,7 +92,7 @@ def register(term: type[Term], name: str | None = None) -> type[Term]:
     from poise.objective import _DEFINED
 
     name = name or term.formula
-    if name in CATALOGUE:
+    if name in CATALOGUE or name in SHORTHANDS:
         raise InputError(f"{name!r} is a built-in term; choose another name.")
     _DEFINED[name] = term
     return term
