@@ -122,7 +122,8 @@ def recovery_pairs(
         pad, side: token id that fills rows up, and where: "right" or "left".
 
     Returns: data of a stream, by name: `response_ids` int64 [examples, time] with prompt, opening and refusal;
-        `response_attention` bool, False on padding; `response_mask` bool, True on the refusal alone; `response_positions` int64, from 0 at the first token of the refusal,
+        `response_attention` bool, False on padding; `response_mask` bool, True on the refusal alone;
+        `response_positions` int64, from 0 at the first token of the refusal,
         -1 outside; `recovery_depth` int64 [examples], the k that was drawn. `Recovery` draws k anew in every step.
 
     Raises:

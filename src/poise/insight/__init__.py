@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-# At once, because the function and its file share a name and the function is what users mean.
+# At once, because function and file share a name and the function is what users mean.
+from poise.insight.alignment_depth import alignment_depth
 from poise.insight.distillation_spectrum import distillation_spectrum
 from poise.lazy import load
 
 _HOME: dict[str, str] = {
+    "AlignmentDepth": "alignment_depth",
+    "Decoding": "alignment_attacks",
     "DistillationReport": "distillation_spectrum",
     "EpochDynamics": "memorization",
     "EpochRefinement": "self_distillation",
+    "FineTuningAttack": "alignment_attacks",
     "HardExamples": "self_distillation",
+    "KeywordJudge": "alignment_attacks",
     "LabelSuspects": "memorization",
     "MemorizationRecorder": "memorization",
     "MemorizationReport": "memorization",
@@ -23,19 +28,28 @@ _HOME: dict[str, str] = {
     "Robustness": "weights",
     "StepRow": "distillation_spectrum",
     "WeightStatistics": "weights",
+    "attack_success": "alignment_attacks",
+    "backdoor": "alignment_attacks",
+    "benign_sft": "alignment_attacks",
     "decay_pull": "weights",
+    "decoding_sweep": "alignment_attacks",
     "effective_lr_profile": "weights",
     "gradient_coefficients": "memorization",
     "gradient_rescaling": "self_distillation",
     "hard_examples": "self_distillation",
+    "harmful_sft": "alignment_attacks",
+    "identity_shift": "alignment_attacks",
     "memorization_report": "memorization",
     "past_predictions": "self_distillation",
+    "prefilling_probe": "alignment_attacks",
+    "prefix_probe": "alignment_attacks",
     "suspect_labels": "memorization",
+    "token_gradient_norms": "alignment_depth",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
-__all__ = ["distillation_spectrum", *sorted(_HOME)]
+__all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
