@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from poise.data.recovery import recovery_pairs
 from poise.errors import InputError, QuantityError
 from poise.insight import (
     Decoding,
@@ -41,7 +42,7 @@ class Bigram(nn.Module):
         return self.table[ids]
 
 
-def shallow(ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+def shallow(ids: Tensor) -> SimpleNamespace:
     """Says NO after a prompt (which ends in 0), YES after anything else: an alignment of one token."""
     logits = torch.zeros(*ids.shape, 5)
     logits[..., YES] = 8.0
@@ -49,7 +50,7 @@ def shallow(ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespac
     return SimpleNamespace(logits=logits)
 
 
-def base(ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def base(ids: Tensor) -> Tensor:
     return torch.tensor([0.0, 0.0, 8.0, 0.0, 0.0]).expand(*ids.shape, 5)
 
 
@@ -116,6 +117,22 @@ def test_gradient_norms_are_those_of_each_answer_token() -> None:
     assert bool(norms[3].isnan())
     report = alignment_depth(model, Bigram(2), batch, gradients=2)
     torch.testing.assert_close(report.gradient_norm, norms[:2])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_the_padding_does_not_matter(side: Any) -> None:
+    """A model that looks at every token before: the sum of all embeddings so far."""
+    table = Bigram(4).table.detach()
+
+    def summing(ids: Tensor) -> Tensor:
+        return table[ids].cumsum(1)
+
+    made = recovery_pairs([[4, 0], [3, 3, 4, 0]], [[], []], [[1, 2, 3], [2]], p_zero=1.0, pad=1, side=side)
+    alone = [recovery_pairs([p], [[]], [y], p_zero=1.0) for p, y in (([4, 0], [1, 2, 3]), ([3, 3, 4, 0], [2]))]
+    one, two = (alignment_depth(summing, base, batch) for batch in alone)
+    both = alignment_depth(summing, base, made)
+    torch.testing.assert_close(both.kl[0], (one.kl[0] + two.kl[0]) / 2)
+    torch.testing.assert_close(both.kl[1:], one.kl[1:])
 
 
 def test_a_module_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:

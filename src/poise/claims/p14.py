@@ -384,7 +384,7 @@ class _Transformer(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.base_model(ids).last_hidden_state)  # type: ignore[no-any-return]
 
 

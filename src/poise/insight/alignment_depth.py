@@ -122,14 +122,15 @@ def alignment_depth(
 
     Source: arXiv:2406.05946, section 2 and figure 1; section 4.1 and figure 3 for the dynamics of fine-tuning.
     """
-    ids, mask = batch["response_ids"], _answer_mask(batch)
+    batch = _checked(batch)
+    ids, mask = batch["response_ids"], batch["response_mask"]
     places = torch.where(mask, mask.cumsum(1) - 1, 0)
     length = int(mask.sum(1).max())
     sums = torch.zeros(4, length, dtype=torch.float64)
     with _evaluating(model_a, model_b):
         for start in range(0, len(ids), rows):
-            part = {name: value[start : start + rows] for name, value in batch.items() if name.startswith("response_")}
-            answer = part["response_mask"].bool()
+            part = {name: value[start : start + rows] for name, value in batch.items()}
+            answer = part["response_mask"]
             log_a, log_b = (_log_probabilities(model, part) for model in (model_a, model_b))
             if log_a.shape != log_b.shape:
                 raise QuantityError(
@@ -165,12 +166,12 @@ def token_gradient_norms(model: Callable[..., Any], batch: Mapping[str, Tensor],
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not trained:
         raise InputError("alignment_depth: gradient norms need a torch module with trained parameters.")
-    mask = _answer_mask(batch)
+    batch = _checked(batch)
     sums, answers = torch.zeros(first, dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
     with _evaluating(model), torch.enable_grad():
-        for row in range(len(mask)):
-            part = {name: v[row : row + 1] for name, v in batch.items() if name.startswith("response_")}
-            target = part["response_ids"][part["response_mask"].bool()][:first, None]
+        for row in range(len(batch["response_ids"])):
+            part = {name: v[row : row + 1] for name, v in batch.items()}
+            target = part["response_ids"][part["response_mask"]][:first, None]
             losses = -_log_probabilities(model, part)[:first].gather(1, target)[:, 0]
             for t, loss in enumerate(losses):
                 found = torch.autograd.grad(loss, trained, retain_graph=t + 1 < len(losses), allow_unused=True)
@@ -181,9 +182,9 @@ def token_gradient_norms(model: Callable[..., Any], batch: Mapping[str, Tensor],
     return sums / answers
 
 
-def logits_of(model: Callable[..., Any], ids: Tensor, attention: Tensor | None = None) -> Tensor:
+def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
     """Return what a language model says: float [batch, time, vocabulary], from a tensor or an output with `.logits`."""
-    out = model(ids) if attention is None else model(ids, attention_mask=attention)
+    out = model(ids)
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise QuantityError(
@@ -194,22 +195,27 @@ def logits_of(model: Callable[..., Any], ids: Tensor, attention: Tensor | None =
 
 def _log_probabilities(model: Callable[..., Any], part: Mapping[str, Tensor]) -> Tensor:
     """Return log p over the vocabulary before every answer token, [tokens, vocabulary], row after row."""
-    logits = logits_of(model, part["response_ids"], part.get("response_attention"))
-    return logits[:, :-1][part["response_mask"][:, 1:].bool()].float().log_softmax(-1)
+    logits = logits_of(model, part["response_ids"])
+    return logits[:, :-1][part["response_mask"][:, 1:]].float().log_softmax(-1)
 
 
-def _answer_mask(batch: Mapping[str, Tensor]) -> Tensor:
+def _checked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ids and answer mask, padding moved to the right, where a causal model does not see it."""
     for name in ("response_ids", "response_mask"):
         if name not in batch:
             raise QuantityError(f"alignment_depth reads {name!r}, and the batch has {', '.join(batch) or 'nothing'}.")
-    mask = batch["response_mask"].bool()
-    if not mask.any():
+    found = {"response_ids": batch["response_ids"], "response_mask": batch["response_mask"].bool()}
+    attention = batch.get("response_attention")
+    if attention is not None:
+        order = (~attention.bool()).to(torch.int8).argsort(dim=1, stable=True)
+        found = {name: value.gather(1, order) for name, value in found.items()}
+    if not found["response_mask"].any():
         raise QuantityError("alignment_depth: no token of the batch belongs to an answer.")
-    if mask[:, 0].any():
+    if found["response_mask"][:, 0].any():
         raise QuantityError(
             "alignment_depth: an answer begins its row, so nothing stands before its first token. Put the prompt there."
         )
-    return mask
+    return found
 
 
 @contextmanager

@@ -139,6 +139,7 @@ class TokenTrustRegion(Term):
         with torch.no_grad():
             w = self._weight(response_logps - reference, beta).masked_fill_(~response_mask, 0.0)
         if self.form == "surrogate":
+            del beta  # so that no more than three tensors of this size are held at once
             values = (w * response_logps).neg_()
         else:
             values = self._exact(response_logps, reference, beta).masked_fill(~response_mask, 0.0)
