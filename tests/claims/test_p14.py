@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from poise.claims.p14 import ATTACKED, CLAIM, DEPTHS, EVERY, PLAIN, SCHEDULE, UNIFORM, Scores, _judge
+from poise.claims.p14 import ATTACKED, CLAIM, DEPTHS, EVERY, FAMILIAR, PLAIN, SCHEDULE, TASK, UNIFORM, Scores, _judge
 
 
 def scores(
@@ -14,9 +14,10 @@ def scores(
     attacked[PLAIN] = [0.1, plain, 0.99, 0.99]
     attacked[SCHEDULE] = [0.0, ours, 0.2, 0.4]
     attacked[UNIFORM] = [0.1, uniform, 0.9, 0.9]
+    tuned = {(TASK, PLAIN): 0.96, (TASK, SCHEDULE): benign, (FAMILIAR, PLAIN): 0.97, (FAMILIAR, SCHEDULE): 0.96}
     return Scores(
-        share, 7, {k: 0.0 if k == 0 else 0.8 for k in DEPTHS}, dict.fromkeys(DEPTHS, 0.02), attacked,
-        {PLAIN: 0.96, SCHEDULE: benign, ATTACKED[3]: 0.1}, {PLAIN: 0.2, SCHEDULE: 0.1, ATTACKED[3]: 0.0},
+        share, 7, {k: 0.0 if k == 0 else 0.8 for k in DEPTHS}, dict.fromkeys(DEPTHS, 0.02), attacked, tuned,
+        {PLAIN: 0.2, SCHEDULE: 0.1}, {TASK: -9.0, FAMILIAR: -0.1},
     )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_the_claim_holds_within_all_bounds_and_shows_the_paper_beside_it() -> No
     [
         ({"ours": 0.3}, "constrained fine-tuning lets 30% through"),
         ({"ours": 0.2, "uniform": 0.2}, "uniform beta = 0.1 protects as well"),
-        ({"benign": 0.92}, "the harmless task loses 4.0 points"),
+        ({"benign": 0.92}, "loses 4.0 points, and less than 3 were expected"),
         ({"share": 0.5}, "the first five tokens hold 50%"),
     ],
 )
