@@ -45,7 +45,7 @@ def _steps(quick: bool) -> list[Ratio]:
     ):
         ours = _stepper(copy.deepcopy(model), "token_trust_region", readout, data)
         plain = _stepper(copy.deepcopy(model), "sft", Language(), batch)
-        timing = paired(ours, plain, repeats=5 if quick else 40)
+        timing = paired(ours, plain, repeats=5 if quick else 20)
         detail = f"{rows} x {time} tokens, half of them the answer's, vocabulary {VOCABULARY}: {_milliseconds(timing)}"
         found.append(Ratio(f"step, {name} reference / step of sft", timing.ratio, goal, "lower", detail))
     return found
