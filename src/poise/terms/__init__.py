@@ -54,7 +54,6 @@ CATALOGUE: dict[str, str] = {
     "ppo_clip": "poise.terms.policy_gradient:PPOClip",
     "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
-    "reference_kl": "poise.terms.policy_gradient:ReferenceKL",
     "reference_kl": "poise.terms.regularised_reward:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient:Reinforce",
@@ -62,6 +61,7 @@ CATALOGUE: dict[str, str] = {
     "reward_weighted": "poise.terms.policy_gradient:RewardWeighted",
     "rloo": "poise.terms.policy_gradient:RLOO",
     "robust_dpo": "poise.terms.preference.dpo:RobustDPO",
+    "sampled_kl": "poise.terms.policy_gradient:SampledKL",
     "score": "poise.terms.policy_gradient:Score",
     "sft": "poise.terms.preference.rpo:SFT",
     "simpo": "poise.terms.preference.simpo:SimPO",
@@ -72,6 +72,7 @@ CATALOGUE: dict[str, str] = {
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
     "tdpo": "poise.terms.preference.tdpo:TDPO",
     "token_kl": "poise.terms.preference.margin:TokenKL",
+    "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
     "total_variation": "poise.terms.divergence:TotalVariation",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
