@@ -100,7 +100,12 @@ Model = Annotated[
 ]
 Solver = Annotated[
     str | None,
-    typer.Option("--solver", metavar="NAME", help="sgd, adamw, ...: any of torch.optim.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help='sgd, adamw, ...: any of torch.optim; half_fine_tuning. Options in brackets: "adamw(weight_decay=0.1)".',
+        rich_help_panel=TRAINING,
+    ),
 ]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=TRAINING)]
 Schedule = Annotated[

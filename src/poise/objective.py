@@ -15,13 +15,14 @@ that in a loop of your own, and `poise.fit` does it by itself.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,6 @@ class Value:
     surrogate: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but values and by-products."""
-        return self.surrogate is None and self.active
 
 
 @dataclass(frozen=True)
@@ -163,15 +159,24 @@ class Term(nn.Module):
         """Return the quantities that this configuration needs although `forward` gives them a default (none by default)."""
         return ()
 
+    def composes(self) -> Mapping[str, Objective]:
+        """Return the quantities that an objective of the term's own makes, by the parameter that receives them (none by default).
+
+        `forward` gets the weighted sum of that objective's unreduced values, detached: the reward of `grpo(reward=a + 0.1*b)`.
+        The attribute that holds the objective has the parameter's name.
+        """
+        return {}
+
     @property
     def reads(self) -> tuple[str, ...]:
         """The quantities that this term needs."""
-        skipped, needed = self.readings(), self.requirements()
-        return tuple(
+        skipped, needed, made = self.readings(), self.requirements(), self.composes()
+        own = [
             p.name
             for p in _parameters_of(self.forward)
-            if (not p.optional or p.name in needed) and p.name not in skipped
-        )
+            if (not p.optional or p.name in needed) and p.name not in {*skipped, *made}
+        ]
+        return tuple(dict.fromkeys([*own, *(q for objective in made.values() for q in objective.reads)]))
 
     def on(self, stream: str | None = None, **renames: str) -> Objective:
         """Bind the term to a stream, or rename what it reads: `term.on("anchor", logits="student_logits")`."""
@@ -259,6 +264,15 @@ class _Part:
     active: bool
 
 
+class _Reading(NamedTuple):
+    """A quantity that a summand reads: for which parameter, and whether the clock or another term may have to give it."""
+
+    parameter: str
+    name: str
+    optional: bool
+    inside: bool
+
+
 class _Entry:
     """A summand with everything that can be known before the first batch, so that a step does little."""
 
@@ -273,21 +287,31 @@ class _Entry:
         # Padding rows are left out before `advance`, so it has no use for `sample_weight`, which only some processes may have.
         skipped = (*skipped, "sample_weight")
         self.advance_reads = self._plan(term.advance, renames, skipped) if term.advance is not None else ()
-        self.stochastic = term.stochastic or any(name == "model" for name, _, _ in self.forward_reads)
+        self.composes = term.composes()
+        self.stochastic = term.stochastic or any(r.parameter == "model" for r in self.forward_reads)
         self.expects = {
             p.name: term.expects.get(p.name, CATALOGUE.get(p.name, ("", ""))[0]) for p in _parameters_of(term.forward)
         }
         self.checked: set[Any] = set()
+        self.forms: list[Any] = []  # of the last evaluation, most often those of the next
         # Only a term that reads what another publishes can close a circle.
-        self.crosses = any("." in name for _, name, _ in self.forward_reads)
-        # Most terms: one number of a weight, every example counts once, no random numbers.
-        self.plain = isinstance(summand.weight, Number) and not (
-            summand.auxiliary or self.count_reads or self.stochastic
-        )
+        self.crosses = any("." in r.name for r in self.forward_reads)
+        # Most terms: a number for a weight, and every example counts once.
+        self.plain = isinstance(summand.weight, Number) and not summand.auxiliary and self.count_reads is None
+
+    @property
+    def outside(self) -> Iterator[tuple[str, bool]]:
+        """Every quantity that the term reads from its stream, and whether it may be absent."""
+        for reading in (*self.forward_reads, *(self.count_reads or ()), *self.advance_reads):
+            if reading.parameter not in self.composes:
+                yield reading.name, reading.optional
+        for objective in self.composes.values():
+            for entry in objective._entries:
+                yield from entry.outside
 
     def _plan(
         self, function: Callable[..., Any], renames: dict[str, str], skipped: tuple[str, ...]
-    ) -> tuple[tuple[str, str, bool], ...]:
+    ) -> tuple[_Reading, ...]:
         found = _parameters_of(function)
         if function == self.term.forward:
             known = {p.name for p in found}
@@ -299,8 +323,8 @@ class _Entry:
                     )
         needed = self.term.requirements()
         return tuple(
-            (p.name, renames.get(p.name, p.name), p.optional and p.name not in needed)
-            for p in found
+            _Reading(p.name, name, p.optional and p.name not in needed, "." in name or name in CLOCK)
+            for p, name in ((p, renames.get(p.name, p.name)) for p in found)
             if p.name not in skipped
         )
 
@@ -364,8 +388,13 @@ class Objective(nn.Module):
         self._plans: dict[str | None, frozenset[str]] = {}
         self.seed = 0
         self._stateful = any(
-            e.advance_reads or e.stochastic or any(leaf.moves for leaf in leaves_of(e.weight)) for e in self._entries
+            e.advance_reads
+            or e.stochastic
+            or any(leaf.moves for leaf in leaves_of(e.weight))
+            or any(objective.stateful for objective in e.composes.values())
+            for e in self._entries
         )
+        self._plain = all(e.plain for e in self._entries)
         self._recorded = tuple(e for e in self._entries if e.advance_reads)
         self._duals = tuple(
             e for e in self._entries if any(getattr(x, "module", None) is not None for x in leaves_of(e.weight))
@@ -404,9 +433,7 @@ class Objective(nn.Module):
     def reads(self) -> tuple[str, ...]:
         """The quantities that the objective needs, without the clock and without what its own terms publish."""
         return tuple(
-            sorted(
-                {q for e in self._entries for _, q, optional in e.forward_reads if not optional and self._is_outside(q)}
-            )
+            sorted({q for e in self._entries for q, optional in e.outside if not optional and self._is_outside(q)})
         )
 
     def plan(self, stream: str | None = None) -> frozenset[str]:
@@ -416,9 +443,7 @@ class Objective(nn.Module):
         reads: set[str] = set()
         for e in self._entries:
             if e.stream == stream:
-                reads.update(
-                    q for _, q, _ in (*e.forward_reads, *(e.count_reads or ()), *e.advance_reads) if self._is_outside(q)
-                )
+                reads.update(q for q, _ in e.outside if self._is_outside(q))
         self._plans[stream] = frozenset(reads)
         return self._plans[stream]
 
@@ -440,9 +465,13 @@ class Objective(nn.Module):
         """The weights that are still `auto`, by name; an unnamed one is called after its term."""
         from poise.weights.auto import Auto
 
-        return {
+        own = {
             leaf.name or e.label: leaf for e in self._entries for leaf in leaves_of(e.weight) if isinstance(leaf, Auto)
         }
+        for e in self._entries:
+            for objective in e.composes.values():
+                own.update(objective.autos)
+        return own
 
     def resolve(self, weights: Mapping[str, Number | Coefficient]) -> Objective:
         """Return the objective with `auto` weights replaced by name.
@@ -467,7 +496,7 @@ class Objective(nn.Module):
                 if isinstance(leaf, Auto) and (leaf.name or e.label) in weights
             }
             weight = e.weight.replace(table) if isinstance(e.weight, Coefficient) else e.weight
-            result.append(replace(e.summand, weight=weight))
+            result.append(replace(e.summand, weight=weight, term=_resolved(e.term, weights)))
         return self._like(result)
 
     def without(self, label: str) -> Objective:
@@ -530,6 +559,8 @@ class Objective(nn.Module):
     def __mul__(self, weight: Any) -> Objective:
         if isinstance(weight, Tensor):
             weight = TensorWeight(weight)
+        elif isinstance(weight, bool):
+            weight = int(weight)
         elif not isinstance(weight, Number) and isinstance(weight, numbers.Real):
             weight = float(weight)  # a NumPy scalar
         if not isinstance(weight, Number | Coefficient):
@@ -578,11 +609,14 @@ class Objective(nn.Module):
             QuantityError: a term reads what is missing or ill-shaped.
             StateError: a stateful objective is stepped repeatedly and nobody advances it.
         """
-        sources = _sources(quantities, eager)
-        parts = self._evaluate(sources)
-        total = self._total(parts)
+        state = _State(self, _sources(quantities, eager))
+        parts: Mapping[str, _Part] = {}
+        total = self._mean(state) if self._plain else None
+        if total is None:
+            parts = self._parts(state)
+            total = self._total(parts)
         if self._stateful and self.training and torch.is_grad_enabled():
-            self._await_advance(sources, parts, total)
+            self._await_advance(state, parts, total)
         return total
 
     def evaluate(self, quantities: Mapping[str, Any] | None = None, /, **eager: Any) -> Evaluation:
@@ -597,6 +631,28 @@ class Objective(nn.Module):
                 for label, p in parts.items()
             },
         )
+
+    def _mean(self, state: _State) -> Tensor | None:
+        """Return the total where every term is plain and every example counts once, else None.
+
+        The mean of the weighted sum is the weighted sum of the means, in one reduction instead of one for each term.
+        """
+        summed: Tensor | None = None
+        for entry in self._entries:
+            source = state.sources.get(entry.stream)
+            if source is None or "sample_weight" in source:
+                return None
+            value = state.value(entry)
+            values = value.values
+            if values.ndim != 1 or value.surrogate is not None or not value.active:
+                return None
+            if summed is None:
+                summed = values if entry.weight == 1 else entry.weight * values
+            elif values.shape == summed.shape and values.device == summed.device:
+                summed = torch.add(summed, values, alpha=entry.weight)  # type: ignore[arg-type]
+            else:
+                return None
+        return None if summed is None else summed.mean()
 
     def _total(self, parts: Mapping[str, _Part]) -> Tensor:
         total: Tensor | None = None
@@ -623,22 +679,22 @@ class Objective(nn.Module):
             denominators: by label, the sum of counts over all micro-batches and processes, and the number of evaluations.
             only: labels to evaluate; the others are left out.
         """
-        state = _State(self, sources)
-        parts: dict[str, _Part] = {}
-        for entry in self._entries:
-            if only is None or entry.label in only:
-                parts[entry.label] = self._part(
-                    entry, state, None if denominators is None else denominators[entry.label]
-                )
-        return parts
+        return self._parts(_State(self, sources), denominators, only)
+
+    def _parts(
+        self,
+        state: _State,
+        denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
+        only: frozenset[str] | None = None,
+    ) -> dict[str, _Part]:
+        return {
+            e.label: self._part(e, state, None if denominators is None else denominators[e.label])
+            for e in self._entries
+            if only is None or e.label in only
+        }
 
     def _part(self, entry: _Entry, state: _State, denominator: tuple[float | Tensor, int] | None) -> _Part:
         source = state.sources.get(entry.stream)
-        if entry.plain and denominator is None and source is not None:
-            values = state.value(entry).values
-            # The general rule below, for the case that every step of most objectives is.
-            if values.ndim == 1 and "sample_weight" not in source and state.done[entry.label].is_plain:
-                return _Part(values.mean(), entry.weight, values, True)  # type: ignore[arg-type]
         weight: float | Tensor = 1.0 if entry.auxiliary else value_of(entry.weight, self._live.clock)
         if source is None:
             return _Part(torch.zeros(()), weight, None, active=False)
@@ -719,9 +775,8 @@ class Objective(nn.Module):
             known = table.get(e.stream or "main")
             if known is not None:
                 e.term.bind(known)
-        self.clock = replace(
-            self.clock, steps=steps or self.clock.steps, steps_per_epoch=steps_per_epoch or self.clock.steps_per_epoch
-        )
+        clock = self.clock
+        self.clock = Clock(clock.step, steps or clock.steps, steps_per_epoch or clock.steps_per_epoch)
         return self
 
     def follow(self, optimizer: Any) -> Objective:
@@ -735,10 +790,11 @@ class Objective(nn.Module):
         Returns: the objective itself.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        zero = type(inner).zero_grad
+        zero, live = type(inner).zero_grad, self._live
 
         def zero_grad(*args: Any, **kwargs: Any) -> None:
-            self._forget_used()
+            if live.pending:
+                self._forget_used()
             zero(inner, *args, **kwargs)
 
         self._live.unfollow()
@@ -759,10 +815,12 @@ class Objective(nn.Module):
         """
         live = self._live
         waiting, live.pending, live.steps_seen = list(live.pending.values()), {}, 0
-        with torch.no_grad():
+        # As torch.no_grad(), which makes two objects more.
+        with torch.set_grad_enabled(False):
             for entry in self._recorded:
                 self._advance_term(entry, [w["reads"][entry.label] for w in waiting if entry.label in w["reads"]])
-            self._advance_duals(waiting)
+            if self._duals:
+                self._advance_duals(waiting)
         clock = live.clock
         live.clock = Clock(clock.step + 1, clock.steps, clock.steps_per_epoch)
 
@@ -772,8 +830,8 @@ class Objective(nn.Module):
             if everywhere:
                 raise StateError(f"{entry.label}: this process has no record of the step, and the others wait for it.")
             return
-        joined: dict[str, Any] = {}
-        for name, first in records[0].items():
+        joined: dict[str, Any] = {} if everywhere or len(records) > 1 else records[0]
+        for name, first in records[0].items() if not joined else ():
             if isinstance(first, Tensor) and first.ndim:
                 rows = torch.cat([record[name] for record in records]) if len(records) > 1 else first
                 joined[name] = processes.gather_rows(rows) if everywhere else rows
@@ -782,8 +840,6 @@ class Objective(nn.Module):
         entry.term.advance(**joined)  # type: ignore[misc]
 
     def _advance_duals(self, waiting: list[dict[str, Any]]) -> None:
-        if not self._duals:
-            return
         measured: dict[int, Any] = {}
         modules: dict[int, Any] = {}
         for entry in self._duals:
@@ -800,50 +856,56 @@ class Objective(nn.Module):
         for key, module in modules.items():
             module.advance(measured[key])
 
-    def _await_advance(
-        self, sources: Mapping[str | None, Mapping[str, Any]], parts: Mapping[str, _Part], total: Tensor
-    ) -> None:
+    def _await_advance(self, state: _State, parts: Mapping[str, _Part], total: Tensor) -> None:
         """Keep what `advance` will read, the first time that these data are evaluated in this step."""
-        if not self._live.followed:
+        live = self._live
+        if not live.followed:
             self._watch()
-        held = _data(sources)
-        self.record(_addresses(held), sources, parts, total, held=held)
+        held = _data(state.sources)
+        key = _addresses(held)
+        if key not in live.pending:
+            waiting = self._waiting(state, parts, None, held)
+            if live.followed and total.requires_grad:
+                # A gradient that is kept says, without a hook in Python, whether backward came by.
+                total.retain_grad()
+                waiting["total"] = total
+            live.pending[key] = waiting
 
     def record(
         self,
         key: Any,
         sources: Mapping[str | None, Mapping[str, Any]],
         parts: Mapping[str, Any],
-        total: Tensor | None = None,
         denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
-        held: Sequence[Tensor] = (),
     ) -> None:
-        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step.
+        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step."""
+        if key not in self._live.pending:
+            self._live.pending[key] = self._waiting(_State(self, sources), parts, denominators)
+
+    def _waiting(
+        self,
+        state: _State,
+        parts: Mapping[str, Any],
+        denominators: Mapping[str, tuple[float | Tensor, int]] | None,
+        held: Sequence[Tensor] = (),
+    ) -> dict[str, Any]:
+        """Return what `advance` will read.
 
         Args:
-            total: what the user differentiates; `zero_grad` of a followed optimiser asks it whether that has happened.
             held: tensors whose addresses are the key; they are kept so that the addresses are not used again within the step.
         """
-        pending = self._live.pending
-        if key in pending:
-            return
-        waiting: dict[str, Any] = {"reads": {}, "values": {}, "total": None, "held": held}
-        state = _State(self, sources)
+        reads, values = {}, {}
         for entry in self._recorded:
-            source = state.source(entry)
+            source = state.sources.get(entry.stream)
             if source is not None and (entry.label not in parts or parts[entry.label].active):
                 arguments = state.arguments(entry, entry.advance_reads, source)
-                waiting["reads"][entry.label] = _counting_rows(arguments, source.get("sample_weight"))
+                reads[entry.label] = _counting_rows(arguments, source.get("sample_weight"))
         for entry in self._duals:
             part = parts.get(entry.label)
             if part is not None and part.active:
                 share = torch.ones(()) if denominators is None else _share_of(denominators[entry.label])
-                waiting["values"][entry.label] = (part.reduced.detach(), share)
-        if self._live.followed and total is not None and total.requires_grad:
-            # A gradient that is kept says, without a hook in Python, whether backward came by.
-            total.retain_grad()
-            waiting["total"] = total
-        pending[key] = waiting
+                values[entry.label] = (part.reduced.detach(), share)
+        return {"reads": reads, "values": values, "total": None, "held": held}
 
     def discard(self) -> None:
         """Forget what waits for `advance`: the step was skipped."""
@@ -937,10 +999,14 @@ class TensorWeight(Coefficient):
 class _State:
     """The sources of one evaluation, and the terms that are evaluated already."""
 
+    __slots__ = ("checks", "composed", "done", "objective", "running", "sources")
+
     def __init__(self, objective: Objective, sources: Mapping[str | None, Mapping[str, Any]]) -> None:
         self.objective, self.sources = objective, sources
         self.done: dict[str, Value] = {}
+        self.composed: dict[tuple[str, str], Tensor] = {}
         self.running: list[str] = []
+        self.checks = not torch.compiler.is_compiling()
 
     def source(self, entry: _Entry) -> Mapping[str, Any] | None:
         return self.sources.get(entry.stream)
@@ -964,7 +1030,7 @@ class _State:
         arguments = self.arguments(entry, entry.forward_reads, source)
         if entry.auxiliary:
             arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        if not torch.compiler.is_compiling():
+        if self.checks:
             self._check(entry, arguments)
         if entry.stochastic:
             device = getattr(source, "device", None)
@@ -987,18 +1053,38 @@ class _State:
         micro = list(pending).index(identity) if identity in pending else len(pending)
         return (self.objective.seed, self.objective.clock.step, micro, processes.rank())
 
-    def arguments(
-        self, entry: _Entry, reads: tuple[tuple[str, str, bool], ...], source: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def arguments(self, entry: _Entry, reads: tuple[_Reading, ...], source: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
-        for parameter, name, optional in reads:
-            if name in source:
+        for parameter, name, optional, inside in reads:
+            if parameter in entry.composes:
+                found[parameter] = self._composed(entry, parameter, source)
+            elif name in source:
                 found[parameter] = source[name]
-            elif "." in name or name in CLOCK:
+            elif inside:
                 found[parameter] = self._inside(entry, name)
             elif not optional:
                 raise self._missing(entry, parameter, name, source)
         return found
+
+    def _composed(self, entry: _Entry, parameter: str, source: Mapping[str, Any]) -> Tensor:
+        """Return what an objective of the term's own makes: the weighted sum of its unreduced values, detached."""
+        key = (entry.label, parameter)
+        if key not in self.composed:
+            objective = entry.composes[parameter]
+            state = _State(objective, {None: source, "main": source})
+            total: Tensor | None = None
+            for inner in objective._entries:
+                values = state.value(inner).values.detach()
+                weighted = value_of(inner.weight, self.objective.clock) * values
+                if total is not None and total.shape != weighted.shape:
+                    raise QuantityError(
+                        f"{entry.label}: the terms of its {parameter} give values of different forms: {inner.label} gives "
+                        f"{describe(values)}, and those before it {describe(total)}."
+                    )
+                total = weighted if total is None else total + weighted
+            assert total is not None
+            self.composed[key] = total
+        return self.composed[key]
 
     def _inside(self, entry: _Entry, name: str) -> Any:
         """Return a reading of the clock, or what another term publishes."""
@@ -1027,8 +1113,12 @@ class _State:
         )
 
     def _check(self, entry: _Entry, arguments: dict[str, Any]) -> None:
-        signature = tuple((v.dtype, v.shape) if isinstance(v, Tensor) else type(v) for v in arguments.values())
+        forms = [(v.dtype, v.shape) if isinstance(v, Tensor) else type(v) for v in arguments.values()]
+        if forms == entry.forms:
+            return
+        signature = tuple(forms)
         if signature in entry.checked:
+            entry.forms = forms
             return
         sizes: dict[str, int] = {}
         for name, value in arguments.items():
@@ -1037,6 +1127,7 @@ class _State:
         if len(entry.checked) > 1000:
             entry.checked.clear()  # sequences of every length: checking again is cheaper than remembering all
         entry.checked.add(signature)
+        entry.forms = forms
 
 
 def _sources(quantities: Mapping[str, Any] | None, eager: dict[str, Any]) -> dict[str | None, Mapping[str, Any]]:
@@ -1066,6 +1157,21 @@ def _reduce(values: Tensor, count: Tensor | None, denominator: tuple[float | Ten
     return weighted.sum() / (total or 1.0)
 
 
+def _resolved(term: Term, weights: Mapping[str, Number | Coefficient]) -> Term:
+    """Return the term, or a copy of it in which the `auto` weights of its own objectives are replaced."""
+    changed = {}
+    for name, objective in term.composes().items():
+        known = {k: v for k, v in weights.items() if k in objective.autos}
+        if known:
+            changed[name] = objective.resolve(known)
+    if not changed:
+        return term
+    # A flat copy: what the term holds is shared, as terms are, but for the objectives that differ.
+    twin = copy.copy(term)
+    twin.__dict__["_modules"] = {**term._modules, **changed}
+    return twin
+
+
 def _share_of(denominator: tuple[float | Tensor, int]) -> Tensor:
     # With global denominators the parts add up to the value; without them each part is a mean of its own.
     return torch.ones(()) / denominator[1]
@@ -1073,22 +1179,29 @@ def _share_of(denominator: tuple[float | Tensor, int]) -> Tensor:
 
 def _addresses(data: Sequence[Tensor]) -> tuple[Any, ...]:
     """Recognise a micro-batch by the addresses of its data, so that a repeated closure is not taken for another one."""
-    return tuple((v.data_ptr(), v.shape) for v in data)
+    return tuple([(v.data_ptr(), v.shape) for v in data])
 
 
 def _data(sources: Mapping[str | None, Mapping[str, Any]]) -> list[Tensor]:
-    """Return the tensors of the sources that nothing is differentiated by; a stream under two names counts once."""
-    unique = {id(source): source for source in sources.values()}.values()
-    return [v for source in unique for v in source.values() if isinstance(v, Tensor) and not v.requires_grad]
+    """Return the tensors of the sources that nothing is differentiated by; None is another name of one of the streams."""
+    return [
+        v
+        for stream, source in sources.items()
+        if stream is not None
+        for v in source.values()
+        if isinstance(v, Tensor) and not v.requires_grad
+    ]
 
 
 def _counting_rows(arguments: dict[str, Any], weight: Tensor | None) -> dict[str, Any]:
     """Detach what `advance` will read, and leave out the padding rows, which count nothing."""
-    found = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    for name, v in arguments.items():
+        if isinstance(v, Tensor) and v.requires_grad:
+            arguments[name] = v.detach()
     if weight is None or bool((weight > 0).all()):
-        return found
+        return arguments
     rows = weight > 0
-    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in found.items()}
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in arguments.items()}
 
 
 def _detached(weight: float | Tensor) -> float | Tensor:

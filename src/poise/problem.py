@@ -176,6 +176,8 @@ class Solver(Protocol):
         """Take it back."""
         ...
 
+    # A solver may also define `release()`, which `fit` calls at the end: it gives back what `bind` changed about the parameters.
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -243,12 +245,25 @@ class Problem:
 
     def _refuse_couples(self) -> None:
         for label, term in self.objective.terms.items():
+            if term.couples == ("group",) and self._groups_are_whole():
+                continue
             if term.couples:
                 where = "several processes" if processes.size() > 1 else "gradient accumulation"
                 raise IncompatibleError(
                     f"{label} compares examples of a batch with each other, so its value under {where} "
                     "is not that of one big batch. Use one process and accumulate=1."
                 )
+
+    def _groups_are_whole(self) -> bool:
+        """Say whether no group of any stream is shared out over micro-batches or processes."""
+        for stream in self.batches[0]:
+            parts = [torch.unique(b[stream]["group"]) for b in self.batches if "group" in b.get(stream, {})]
+            if parts:
+                own = torch.cat(parts)
+                every = processes.gather_rows(own) if processes.size() > 1 else own
+                if len(every) != len(torch.unique(every)):
+                    return False
+        return True
 
     def _count(self) -> dict[str, tuple[float | Tensor, int]]:
         """Return sums of counts over micro-batches and processes, from data alone, and the number of evaluations."""
@@ -317,7 +332,7 @@ class Problem:
             total = self.objective._total(parts)
             if first:
                 if self.record and self.objective.stateful:
-                    self.objective.record(number, sources, parts, None, self._denominators)
+                    self.objective.record(number, sources, parts, self._denominators)
                 for label, part in parts.items():
                     before = reports.get(label)
                     value = part.reduced.detach()
@@ -433,9 +448,7 @@ class Problem:
             outputs: one tensor a micro-batch, as `outputs()` gives them.
         """
         reading = frozenset(
-            e.label
-            for e in self.objective._entries
-            if any(quantity == self._output for _, quantity, _ in e.forward_reads)
+            e.label for e in self.objective._entries if any(reading.name == self._output for reading in e.forward_reads)
         )
         whole: Tensor | None = None
         for number, output in enumerate(outputs):

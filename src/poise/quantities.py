@@ -76,7 +76,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "reward": ("float [batch]", "what a response earned"),
     "behaviour_logps": (
         "float [batch, time] | float [batch]",
-        "log-probabilities of a sampled response under what it was drawn from, or their sum",
+        "log-probability of each token of a sampled answer under the policy that sampled it, 0 outside, or their sum",
     ),
     "log_score": (
         "float [batch]",

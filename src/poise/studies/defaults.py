@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 from poise.errors import InputError
-from poise.solvers.torch_optimizers import as_solver
+from poise.solvers.torch_optimizers import as_solver, parse_solver
 from poise.studies.config import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 STEPS = 1500
 # A usual learning rate for an optimiser that the user names without giving one.
-_RATES = {"sgd": 0.02, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.01, "lion": 3e-4}
+_RATES = {
+    "sgd": 0.02,
+    "adam": 0.003,
+    "adamw": 0.003,
+    "rmsprop": 0.001,
+    "adagrad": 0.01,
+    "lion": 3e-4,
+    "half_fine_tuning": 0.003,
+}
 
 
 def resolve_training(given: TrainingConfig, task: AnyTask, data: DataConfig) -> TrainingConfig:
@@ -40,11 +48,14 @@ def resolve_training(given: TrainingConfig, task: AnyTask, data: DataConfig) -> 
     """
     solver, options, lr = task.usual_solver(given.model, given.model_options())
     if given.solver is not None and given.solver != solver:
-        if given.lr is None and given.solver not in _RATES:
+        name, said = parse_solver(given.solver)
+        # What wraps an optimiser takes the rate of the one that it wraps.
+        rate = _RATES.get(said.get("base", name))
+        if given.lr is None and rate is None:
             # A name that does not exist is the greater mistake, and says so with the nearest one.
             as_solver(given.solver)
             raise InputError(f"Give a learning rate for the solver {given.solver!r}: its usual one is not known here.")
-        solver, options, lr = given.solver, {}, _RATES.get(given.solver, 0.0)
+        solver, options, lr = given.solver, {}, rate or 0.0
     train = max(1, round(task.examples * data.split[0] / sum(data.split)))
     batch_size = given.batch_size or min(task.usual_batch, train)
     epochs = given.epochs

@@ -24,7 +24,8 @@ from poise._version import __version__
 from poise.coefficient import Coefficient
 from poise.errors import CheckpointError, InputError, NonFiniteError, PoiseError, PoiseWarning
 from poise.formula import parse, parse_weight
-from poise.solvers.torch_optimizers import TorchOptimizer
+from poise.problem import Solver
+from poise.solvers.torch_optimizers import as_solver
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 from poise.training import FitState, Run, fit
 
@@ -85,13 +86,14 @@ def explain(error: Exception, spec: RunSpec) -> str:
     return f"The run stopped with {type(error).__name__}: {error}"
 
 
-def make_solver(spec: RunSpec) -> TorchOptimizer:
+def make_solver(spec: RunSpec) -> Solver:
     """Return the solver of a run.
 
     Raises:
         InputError: the name or an option is not known.
     """
-    return TorchOptimizer(spec.solver, lr=spec.lr, **spec.solver_options)
+    solver: Solver = as_solver(spec.solver, lr=spec.lr, **spec.solver_options)
+    return solver
 
 
 def make_schedule(text: str | None) -> Coefficient | None:

@@ -202,5 +202,6 @@ def test_the_whole_pretraining_gives_a_model_that_answers_as_its_corpus_does(
     prompts = [record.prompt for record in tiny_prompts(300, seed=1)]
     random = Random(1)
     corpus = mean_reward(prompts, [make_reply(str(prompt[0]["content"]), random) for prompt in prompts])  # type: ignore[index]
-    # Better than no reply at all (0) by far, and still with room for an alignment to use.
-    assert 0.15 < mean_reward(prompts, generate_replies(model, prompts)) < corpus + 0.1
+    # No reply at all would have 0; the corpus has 0.55. Samples leave room for an alignment to use, and the likeliest replies are better.
+    assert 0.1 < mean_reward(prompts, generate_replies(model, prompts)) < corpus + 0.1
+    assert mean_reward(prompts, generate_replies(model, prompts, temperature=0)) > 0.4

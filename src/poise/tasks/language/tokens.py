@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -35,27 +37,43 @@ Item = dict[str, Tensor]
 _FORMAT = 1
 _RANGES = {"spans": (torch.int64, 0.0), "token_weight": (torch.float32, 1.0), "token_reward": (torch.float32, 0.0)}
 """What records may say of ranges of characters: the type, and the value of the tokens of the answer that no range covers."""
+_AT_A_TIME = 1_024
 _COLUMNS = ("chosen_score", "rejected_score", "group")
 
 
 class Ragged(Sequence[Tensor]):
-    """Rows of different lengths, one behind the other in one tensor."""
+    """Rows of different lengths, one behind the other in one tensor; grows by `append` until it is first read."""
 
-    def __init__(self, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> None:
-        lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int64)
-        self.offsets = lengths.cumsum(0)
-        self.values = torch.tensor([value for row in rows for value in row], dtype=dtype)
+    _CODES: ClassVar = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.bool: "b"}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.offsets: list[int] = [0]
+        self._growing = array(self._CODES[dtype])
+
+    def append(self, row: Sequence[float]) -> None:
+        """Put a row behind the others."""
+        self._growing.extend(row)  # type: ignore[arg-type]
+        self.offsets.append(len(self._growing))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: Any) -> Any:
-        return self.values[int(self.offsets[row]) : int(self.offsets[row + 1])]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @cached_property
+    def values(self) -> Tensor:
+        """All rows behind one another."""
+        if not self._growing:
+            return torch.empty(0, dtype=self.dtype)
+        kind = torch.int8 if self.dtype is torch.bool else self.dtype
+        return torch.frombuffer(self._growing, dtype=kind).to(self.dtype)
 
     @property
     def lengths(self) -> Tensor:
         """The length of each row, int64."""
-        return self.offsets.diff()
+        return torch.tensor(self.offsets).diff()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +118,9 @@ class TokenizedRecords(Dataset[Item]):
         self.pad_id, self.padding = encoder.pad, options.padding
         made = _Made(records, encoder, options, skip_bad)
         self.records, self.bad, self.note = made.records, made.records.bad, made.note()
-        self._prompts = Ragged(made.prompts, torch.int32)
-        self._ids = {side: Ragged([a.ids for a in made.answers[side]], torch.int32) for side in self.sides}
-        self._own = {
-            side: Ragged([a.own for a in made.answers[side]], torch.bool)
-            for side in self.sides
-            if not all(all(a.own) for a in made.answers[side])
-        }
-        self._ranges = {
-            f"{side}_{name}": Ragged([a.ranges[name] for a in made.answers[side]], _RANGES[name][0])
-            for side in self.sides
-            for name in made.names[side]
-        }
+        self._prompts, self._ids, self._ranges = made.prompts, made.ids, made.ranges
+        # Most answers are the model's own from end to end, and nothing has to be kept of that.
+        self._own = {side: own for side, own in made.own.items() if not bool(own.values.all())}
         self._scalars = _scalars(self.records, options.columns)
         self.fingerprint = _fingerprint(self.records, encoder, options)
 
@@ -278,32 +287,44 @@ class _Made:
             for side in records.sides
         }
         self.cut_prompts = self.cut_answers = 0
-        self.prompts: list[list[int]] = []
-        self.answers: dict[str, list[_Answer]] = {side: [] for side in records.sides}
+        self.prompts = Ragged(torch.int32)
+        self.ids = {side: Ragged(torch.int32) for side in records.sides}
+        self.own = {side: Ragged(torch.bool) for side in records.sides}
+        self.ranges = {
+            f"{side}_{name}": Ragged(_RANGES[name][0]) for side in records.sides for name in self.names[side]
+        }
         kept: list[Record] = []
-        for record, prompt, rendered, encoded in self._encoded():
-            with _Skip(self, record.line):
-                start = _cut_prompt(prompt, max((len(e.ids) for e in encoded), default=0), encoder.first, options)
-                answers = [
-                    self._answer(record, side, len(start), text, tokens)
-                    for side, text, tokens in zip(records.sides, rendered, encoded, strict=True)
-                ]
-                _check_differ(answers, encoded, options)
-                self.cut_prompts += len(start) < len(prompt)
-                self.cut_answers += sum(len(a.ids) < len(e.ids) for a, e in zip(answers, encoded, strict=True))
-                kept.append(record)
-                self.prompts.append(start)
-                for side, answer in zip(records.sides, answers, strict=True):
-                    self.answers[side].append(answer)
+        # Lists of tokens take ten times the memory of what is kept of them, so only a few records have them at a time.
+        for start in range(0, len(records), _AT_A_TIME):
+            for record, prompt, rendered, encoded in self._encoded(records.items[start : start + _AT_A_TIME]):
+                with _Skip(self, record.line):
+                    self._keep(record, prompt, rendered, encoded)
+                    kept.append(record)
         if not kept:
             first = f" The first, {records.place(self.bad[0].line)}: {self.bad[0].reason}." if self.bad else ""
             raise InputError(f"{records.source}: no record can be used.{first}")
         self.records = replace(records, items=tuple(kept), bad=tuple(self.bad))
 
-    def _encoded(self) -> Iterator[tuple[Record, list[int], list[Rendered], list[Encoded]]]:
+    def _keep(self, record: Record, prompt: list[int], rendered: list[Rendered], encoded: list[Encoded]) -> None:
+        start = _cut_prompt(prompt, max((len(e.ids) for e in encoded), default=0), self.encoder.first, self.options)
+        answers = [
+            self._answer(record, side, len(start), text, tokens)
+            for side, text, tokens in zip(self.source.sides, rendered, encoded, strict=True)
+        ]
+        _check_differ(answers, encoded, self.options)
+        self.cut_prompts += len(start) < len(prompt)
+        self.cut_answers += sum(len(a.ids) < len(e.ids) for a, e in zip(answers, encoded, strict=True))
+        self.prompts.append(start)
+        for side, answer in zip(self.source.sides, answers, strict=True):
+            self.ids[side].append(answer.ids)
+            self.own[side].append(answer.own)
+            for name, values in answer.ranges.items():
+                self.ranges[f"{side}_{name}"].append(values)
+
+    def _encoded(self, records: Sequence[Record]) -> Iterator[tuple[Record, list[int], list[Rendered], list[Encoded]]]:
         """Give records with their prompts and answers as tokens; the tokenizer is given many texts at a time."""
         usable: list[tuple[Record, str, list[Rendered]]] = []
-        for record in self.source:
+        for record in records:
             with _Skip(self, record.line):
                 rendered = [self.encoder.render(record.prompt, record.answers[side]) for side in self.source.sides]
                 prompt = rendered[0].prompt if rendered else self.encoder.render_prompt(record.prompt)
@@ -341,7 +362,7 @@ class _Made:
         """Say how much was cut."""
         if not self.cut_prompts and not self.cut_answers:
             return "Nothing was cut."
-        answers = sum(len(rows) for rows in self.answers.values())
+        answers = sum(len(rows) for rows in self.ids.values())
         return (
             f"{self.cut_prompts} of {len(self.prompts)} prompts were cut from the left, {self.cut_answers} of {answers} answers from the "
             "right."
@@ -402,7 +423,7 @@ def _on_tokens(ranges: Any, field: str, name: str, text: Rendered, places: Seque
         for at, (a, b) in enumerate(places):
             if a < end and start < b:
                 values[at] = value
-    return values
+    return [int(value) for value in values] if name == "spans" else values
 
 
 def _range(entry: Any, field: str, number: int, counted: bool, most: int) -> tuple[int, int, float]:
