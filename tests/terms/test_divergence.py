@@ -14,8 +14,9 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import poise
 from poise.errors import IncompatibleError, InputError, QuantityError
 from poise.objective import Objective, Summand, Term
+from poise.readouts.on_policy import OnPolicy
 from poise.tasks.finite_space import FiniteSpace
-from poise.tasks.words import WordModel, WordReadout, sample, word_length
+from poise.tasks.words import WordModel, WordReadout, answer, sample, word_length
 from poise.terms.divergence import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 from poise.terms.regularised_reward import ExpectedReward, LengthNormalizedKL, ReferenceKL, k1, k2, k3
 
@@ -325,6 +326,22 @@ def test_words_of_the_prior_that_were_kept_teach_a_policy_its_target() -> None:
     after = word_length(sample(policy, 512, torch.Generator().manual_seed(1)).ids).mean()
     target = (reward * (-reward / 2).softmax(0)).sum()
     assert float(after) < float(reward.mean()) - 0.5 * float(reward.mean() - target)
+
+
+@pytest.mark.parametrize(
+    "formula", ["reverse_kl(beta=0.5)", "expected_reward + 0.5*reference_kl", "forward_kl(beta=2)"]
+)
+def test_a_policy_that_writes_its_own_words_approaches_the_target(formula: str) -> None:
+    prior = WordModel(width=8, hidden=16, seed=1)
+    policy = copy.deepcopy(prior)
+    stream = OnPolicy(1, answer, lambda batch: -word_length(batch["response_ids"]), samples=64)
+    run = poise.fit(
+        policy, formula, {"main": stream}, readout=WordReadout(prior), solver="adam", lr=2e-2, steps=15, log_every=1
+    )
+    before, after = (
+        word_length(sample(m, 256, torch.Generator().manual_seed(1)).ids).mean() for m in (prior, run.model)
+    )
+    assert float(after) < float(before) - 1
 
 
 def test_formulas_name_the_terms_and_come_back() -> None:
