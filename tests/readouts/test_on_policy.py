@@ -211,13 +211,15 @@ def test_a_round_without_a_pair_teaches_nothing_and_is_counted() -> None:
 
 
 def test_dpo_on_fresh_pairs_learns_the_bandit() -> None:
-    on = OnPolicy({"input": torch.arange(4).repeat_interleave(8)}, draw_arms, BANDIT.score, samples=4, pairs=0.0)
+    on = OnPolicy({"input": torch.arange(4).repeat_interleave(8)}, draw_arms, BANDIT.score, samples=4, pairs=0.01)
     model = agent()
     poise.fit(
-        model, "dpo(beta=0.1)", {"main": on}, readout=Choices(poise.FrozenModel(agent())), solver="sgd", lr=200.0, steps=150,
+        model, "dpo(beta=0.1)", {"main": on}, readout=Choices(poise.FrozenModel(agent())), solver="sgd", lr=4.0, steps=250,
         device="cpu",
     )  # fmt: skip
-    assert sum(r.reward for r in BANDIT.report(model, 4)) / 4 > 0.5  # from 0.04
+    assert (
+        sum(r.reward for r in BANDIT.report(model, 4)) / 4 > 0.5
+    )  # from 0.04; pairs closer than 0.01 would settle it on an arm at the edge
 
 
 # ---- budget ---------------------------------------------------------------------------------------------------------
