@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import poise
-from poise.errors import InputError, NonFiniteError, QuantityError, StateError
+from poise.errors import CheckpointError, InputError, NonFiniteError, QuantityError, StateError
 from poise.readouts.on_policy import Choices, OnPolicy, collect, pairs_from_rewards
 from poise.streams import Stream
 from poise.tasks.bandit_arms import BanditArms, TabularAgent, draw_arms
@@ -272,6 +272,14 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path: Path, stop: int) ->
         whole_stream.queries,
         whole_stream.gradient_steps,
     )
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = {"steps": 4, "checkpoint": tmp_path, "checkpoint_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(OnPolicy(4, draw_arms, BANDIT.score, samples=3), callbacks=[StopAt(2)], **settings)
+    with pytest.raises(CheckpointError, match="'reuse': 2"):
+        train(OnPolicy(4, draw_arms, BANDIT.score, samples=3, reuse=2), **settings)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
