@@ -17,7 +17,7 @@ from poise.objective import Objective, Term, Value, auxiliary
 from poise.problem import Problem
 from poise.quantities import Quantities, Streams
 from poise.readouts import Classification
-from poise.terms import CrossEntropy
+from poise.terms import L2, ConfidencePenalty, CrossEntropy, Focal, LabelSmoothing
 
 CLASSES, FEATURES = 4, 5
 TERMS = (
@@ -634,3 +634,27 @@ def test_a_plain_supervised_objective_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(loss, objective(logits=model(batch["input"]), target=batch["target"]))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@given(
+    weights=st.lists(st.floats(-3, 3).filter(bool), min_size=1, max_size=4),
+    batch=st.integers(1, 9),
+    ruin=st.sampled_from(["nothing", "sample_weight", "penalty"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_one_mean_of_the_sum_is_the_sum_of_the_means(weights: list[float], batch: int, ruin: str) -> None:
+    """`forward` reduces plain terms once; `evaluate` reduces them one by one, and so does `forward` where one is not plain."""
+    kinds = [CrossEntropy(), LabelSmoothing(0.2), Focal(), ConfidencePenalty()]
+    objective = sum(w * t for w, t in zip(weights, kinds, strict=False))
+    generator = torch.Generator().manual_seed(batch)
+    logits = torch.randn(batch, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    given_ = {"logits": logits, "target": torch.randint(0, 5, (batch,), generator=generator)}
+    if ruin == "sample_weight":
+        given_["sample_weight"] = torch.rand(batch, generator=generator, dtype=torch.float64) + 0.1
+    if ruin == "penalty":
+        objective = objective + 0.1 * L2()
+        given_["parameters"] = {"w": logits}
+    total, whole = objective(**given_), objective.evaluate(**given_).total
+    # Two orders of summation of at most 36 numbers.
+    torch.testing.assert_close(total, whole, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (total, whole)), rtol=1e-12, atol=1e-13)

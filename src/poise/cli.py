@@ -26,7 +26,10 @@ import typer
 from poise.errors import InputError, PoiseError
 
 if TYPE_CHECKING:
+    from poise.run import Run
     from poise.studies import Study
+    from poise.studies.spec import RunSpec
+    from poise.tasks.contract import AnySplit, AnyTask
     from poise.terminal import Terminal
 
 __all__ = ["app", "main"]
@@ -89,11 +92,20 @@ Limit = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Option("--model", help="auto | linear | mlp | cnn | package.module:factory", rich_help_panel=TRAINING),
+    typer.Option(
+        "--model",
+        help="auto | linear | mlp | cnn | package.module:factory | folder of a language model",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Solver = Annotated[
     str | None,
-    typer.Option("--solver", metavar="NAME", help="sgd, adamw, ...: any of torch.optim.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help='sgd, adamw, ...: any of torch.optim; half_fine_tuning. Options in brackets: "adamw(weight_decay=0.1)".',
+        rich_help_panel=TRAINING,
+    ),
 ]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=TRAINING)]
 Schedule = Annotated[
@@ -103,6 +115,32 @@ Schedule = Annotated[
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=TRAINING)]
 Steps = Annotated[int | None, typer.Option("--steps", help="Or: optimiser steps.", rich_help_panel=TRAINING)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=TRAINING)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", metavar="TOKENS", help="Prompt and answer together, at most.", rich_help_panel=DATA),
+]
+MaxPrompt = Annotated[
+    int | None,
+    typer.Option(
+        "--max-prompt-length", metavar="TOKENS", help="Prompt, at most; cut from the left.", rich_help_panel=DATA
+    ),
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out records that cannot be used, and list them.", rich_help_panel=DATA)
+]
+Accumulate = Annotated[
+    int, typer.Option("--accumulate", metavar="N", help="Micro-batches of a step.", rich_help_panel=TRAINING)
+]
+Lora = Annotated[
+    int | None,
+    typer.Option("--lora", metavar="RANK", help="Train an adapter instead of all weights.", rich_help_panel=TRAINING),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Compute activations twice instead of keeping them.", rich_help_panel=TRAINING
+    ),
+]
 Select = Annotated[
     str,
     typer.Option(
@@ -247,6 +285,9 @@ def compare(
     label_noise: LabelNoise = 0.0,
     noise: Noise = "symmetric",
     limit: Limit = None,
+    max_length: MaxLength = None,
+    max_prompt_length: MaxPrompt = None,
+    skip_bad: SkipBad = False,
     model: Model = "auto",
     solver: Solver = None,
     lr: LearningRate = None,
@@ -254,6 +295,9 @@ def compare(
     epochs: Epochs = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
+    accumulate: Accumulate = 1,
+    lora: Lora = None,
+    gradient_checkpointing: Checkpointing = False,
     select: Select = "last",
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -267,6 +311,8 @@ def compare(
     poise compare digits "cross_entropy" "cross_entropy + 3*early_learning" --label-noise 0.4
 
     poise compare mydata.csv --label quality "squared_error" "squared_error + auto*l2"
+
+    poise compare pairs.jsonl --model ./my-lm "dpo(beta=0.1)" "dpo(beta=0.1) + 0.2*sft"
     """
     from poise.studies import Study
 
@@ -296,6 +342,9 @@ def compare(
             noise=noise,
             class_weight=class_weight,
             limit=limit,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            skip_bad=skip_bad,
             model=model,
             solver=solver,
             lr=lr,
@@ -303,6 +352,9 @@ def compare(
             epochs=epochs,
             steps=steps,
             batch_size=batch_size,
+            accumulate=accumulate,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
             precision=precision,
             device=device,
             select=select,
@@ -459,17 +511,17 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
     import torch
 
     from poise.formula import parse
-    from poise.saved import CONFIG, save_model
+    from poise.saved import CONFIG
     from poise.studies.execute import train
     from poise.tables import fit_results
     from poise.terminal import Journal
 
-    if save is not None and (save / CONFIG).exists():
+    if save is not None and ((save / CONFIG).exists() or (save / "config.json").exists()):
         raise InputError(f"{save} holds a model already. Choose another folder with --save, or remove this one.")
     (formula,) = study.config.formulas
     if autos := parse(formula).autos:
         raise InputError(
-            f"`poise fit` needs a number for every weight, and {', '.join(autos)} is `auto`. "
+            f"This command needs a number for every weight, and {', '.join(autos)} is `auto`. "
             "`poise compare DATA FORMULA --tune 10` finds the weights."
         )
     torch.set_num_threads(study.config.engine.threads)
@@ -478,7 +530,7 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
     split = task.split(spec.seed)
     for line in (*task.notes, *(f"warning: {text}" for text in (*task.warnings, *split.warnings))):
         terminal.say(line)
-    checkpoints = None if save is None else save / "checkpoints" / spec.id
+    checkpoints = None if save is None else save.with_name(save.name + ".checkpoints") / spec.id
     with Journal(log) as journal, terminal.progress(formula) as progress:
         try:
             run = train(spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""))
@@ -489,14 +541,90 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
                 else "Run the same command again to go on where it was."
             ) from None
         journal.write(f"trained {run.steps} steps in {run.seconds:.1f} s: {run.stopped}")
-    metrics = split.metrics(run.predict(split.test["input"]), split.test["target"])
+    metrics = split.measure(run, "test")
     terminal.print(*fit_results(formula, task, run.seconds, metrics))
-    if save is not None:
-        for note in save_model(save, run, task, split, spec, metrics):
-            terminal.say(f"warning: {note}")
-        shutil.rmtree(save / "checkpoints", ignore_errors=True)
-        terminal.print(f"\nSaved:   {save}", f"Predict: poise predict {shlex.quote(str(save))} FILE")
+    if save is not None and checkpoints is not None:
+        terminal.print(f"\nSaved:   {save}", *_save(save, run, task, split, spec, metrics, terminal))
+        shutil.rmtree(checkpoints.parent, ignore_errors=True)
     return DONE
+
+
+def _save(
+    save: Path, run: Run, task: AnyTask, split: AnySplit, spec: RunSpec, metrics: dict[str, float], terminal: Terminal
+) -> list[str]:
+    """Keep a model, and say how to use it."""
+    from poise.saved import save_model
+    from poise.tasks import Split, Task
+    from poise.tasks.language.task import LanguageSplit
+
+    if isinstance(split, LanguageSplit):
+        from poise.tasks.language.models import save_language_model
+
+        save_language_model(run.model, split.tokenizer, save)
+        return [f"Load:    transformers.AutoModelForCausalLM.from_pretrained({str(save)!r})"]
+    assert isinstance(task, Task)
+    assert isinstance(split, Split)
+    for note in save_model(save, run, task, split, spec, metrics):
+        terminal.say(f"warning: {note}")
+    return [f"Predict: poise predict {shlex.quote(str(save))} FILE"]
+
+
+@app.command()
+@command
+def align(
+    data: Annotated[
+        str,
+        typer.Argument(help="replies, or your JSON lines, Parquet or `datasets` folder of pairs, labels or answers."),
+    ],
+    formula: Annotated[str, typer.Argument(help="The objective, with a number for every weight.")],
+    save: Annotated[Path, typer.Option("--save", metavar="DIR", help="A new folder, which plain transformers loads.")],
+    seed: Annotated[int, typer.Option("--seed", help="Decides split and order of batches.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch; all cores.")] = 0,
+    split: SplitShares = "60/20/20",
+    test: TestFile = None,
+    limit: Limit = None,
+    max_length: MaxLength = None,
+    max_prompt_length: MaxPrompt = None,
+    skip_bad: SkipBad = False,
+    model: Annotated[
+        str, typer.Option("--model", metavar="FOLDER", help="A causal language model of transformers.")
+    ] = "auto",
+    solver: Solver = None,
+    lr: LearningRate = None,
+    schedule: Schedule = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = 1,
+    lora: Lora = None,
+    gradient_checkpointing: Checkpointing = False,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    deterministic: Deterministic = False,
+    quiet: Quiet = False,
+    log: Log = None,
+    debug: Debug = False,
+) -> int:
+    """Train a language model on one formula, measure it on held-out answers, and keep it as a folder.
+
+    poise align pairs.jsonl "dpo(beta=0.1) + 0.2*sft" --model ./my-lm --save ./aligned
+    """
+    from poise.studies import Study
+    from poise.tasks.load import is_language_source
+
+    if not is_language_source(data):
+        raise InputError(
+            f"`poise align` trains a language model on texts: replies, JSON lines, Parquet with chosen and rejected, or a folder "
+            f"that `datasets` saved; {data} is none of these. `poise fit` trains on tables and images."
+        )
+    prepared = Study(
+        data, formula, [seed], split=_shares(split), test_file=test, limit=limit, max_length=max_length,
+        max_prompt_length=max_prompt_length, skip_bad=skip_bad, model=model, solver=solver, lr=lr, schedule=schedule,
+        epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lora=lora,
+        gradient_checkpointing=gradient_checkpointing, precision=precision, device=device, deterministic=deterministic,
+        tune=0, leave_one_out=False, threads=threads or os.cpu_count() or 1,
+    )  # fmt: skip
+    return _fit_one(prepared, save, _terminal(quiet), log)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -25,8 +25,7 @@ from poise.errors import InputError
 Number = int | float
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(NamedTuple):
     """Where the run stands: optimiser steps done, and the lengths that are known.
 
     Args:
@@ -42,12 +41,13 @@ class Clock:
     @property
     def epoch(self) -> int:
         """Passes over the main stream that are complete, from 0."""
-        return self.step // self.require("steps_per_epoch")
+        return self.step // (self.steps_per_epoch or self.require("steps_per_epoch"))
 
     @property
     def epochs(self) -> int:
         """Passes over the main stream that the run makes, the last one perhaps in part."""
-        return -(-self.require("steps") // self.require("steps_per_epoch"))
+        steps = self.steps or self.require("steps")
+        return -(-steps // (self.steps_per_epoch or self.require("steps_per_epoch")))
 
     @property
     def progress(self) -> float:

@@ -36,6 +36,11 @@ class FrozenModel:
         with torch.no_grad():
             return self.module(*inputs, **keywords)
 
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `function(module, *inputs)`, without gradient."""
+        with torch.no_grad():
+            return function(self.module, *inputs)
+
     def refresh(self, model: nn.Module) -> None:
         """Take over the weights and buffers of `model`."""
         self.module.load_state_dict(model.state_dict())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from poise.errors import InputError, QuantityError, StateError
 
+_EXACT = (torch.float32, torch.float64)
+
 
 class PerExampleMemory(nn.Module):
     """A row for each training example, and how often it was written.
@@ -49,6 +51,11 @@ class PerExampleMemory(nn.Module):
         """Rows that the memory holds; 0 before it is bound."""
         return len(self.visits)
 
+    @property
+    def rows(self) -> Tensor:
+        """`values`, found at once: the search of nn.Module costs as much as an operation."""
+        return self._buffers["values"]  # type: ignore[return-value]
+
     def bind(self, examples: int, classes: int | None = None, device: torch.device | None = None) -> PerExampleMemory:
         """Make room for `examples` rows; what is there already stays, and must fit.
 
@@ -78,8 +85,8 @@ class PerExampleMemory(nn.Module):
             QuantityError: an index lies outside `[0, examples)`.
             StateError: the memory is not bound.
         """
-        rows = self._select(self.values, index)
-        return rows if self.dtype == torch.float64 else rows.float()
+        rows = self._select(self.rows, index)
+        return rows if rows.dtype in _EXACT else rows.float()
 
     def visits_of(self, index: Tensor) -> Tensor:
         """Return how often each of `index` was written, `int64 [batch]`."""
@@ -91,22 +98,28 @@ class PerExampleMemory(nn.Module):
         Raises:
             QuantityError: an index is out of range or stands twice, so that the result would depend on an order.
         """
-        if not self.examples or index.dtype != torch.int64 or index.ndim != 1:
+        values, visits = self.rows, self._buffers["visits"]
+        assert visits is not None
+        if index.dtype != torch.int64 or index.ndim != 1:
             self._check(index)
-        visits = self._select(self.visits, index) + 1
-        rows = rows.detach().to(self.values.dtype)
-        if index.device.type == "cpu":
-            self.visits.index_add_(0, index, torch.ones_like(index))
-            if not torch.equal(self.visits.index_select(0, index), visits):
-                self.visits.index_add_(0, index, torch.ones_like(index), alpha=-1)
+        counted = self._select(visits, index).add_(1)
+        if rows.requires_grad:
+            rows = rows.detach()
+        if rows.dtype != values.dtype:
+            rows = rows.to(values.dtype)
+        if index.is_cpu:
+            once = torch.ones_like(index)
+            visits.index_add_(0, index, once)
+            if not torch.equal(visits.index_select(0, index), counted):
+                visits.index_add_(0, index, once, alpha=-1)
                 self._refuse_duplicates(index)
         else:
             # Duplicates cannot be seen without waiting for the device: the row of one of them is stored, whole, and counted once.
             ticket = torch.arange(len(index), device=index.device)
-            won = torch.empty_like(self.visits).index_copy_(0, index, ticket).index_select(0, index)
+            won = torch.empty_like(visits).index_copy_(0, index, ticket).index_select(0, index)
             rows = rows.index_select(0, won)
-            self.visits.index_copy_(0, index, visits)
-        self.values.index_copy_(0, index, rows)
+            visits.index_copy_(0, index, counted)
+        values.index_copy_(0, index, rows)
 
     def _refuse_duplicates(self, index: Tensor) -> None:
         twice = [int(i) for i, n in zip(*torch.unique(index, return_counts=True), strict=True) if n > 1]
@@ -116,7 +129,7 @@ class PerExampleMemory(nn.Module):
         )
 
     def _select(self, table: Tensor, index: Tensor) -> Tensor:
-        if not self.examples:
+        if not table.numel():
             self._check(index)
         try:
             return table.index_select(0, index)

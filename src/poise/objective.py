@@ -22,7 +22,7 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,6 @@ class Value:
     surrogate: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but values and by-products."""
-        return self.surrogate is None and self.active
 
 
 @dataclass(frozen=True)
@@ -269,6 +264,15 @@ class _Part:
     active: bool
 
 
+class _Reading(NamedTuple):
+    """A quantity that a summand reads: for which parameter, and whether the clock or another term may have to give it."""
+
+    parameter: str
+    name: str
+    optional: bool
+    inside: bool
+
+
 class _Entry:
     """A summand with everything that can be known before the first batch, so that a step does little."""
 
@@ -284,31 +288,30 @@ class _Entry:
         skipped = (*skipped, "sample_weight")
         self.advance_reads = self._plan(term.advance, renames, skipped) if term.advance is not None else ()
         self.composes = term.composes()
-        self.stochastic = term.stochastic or any(name == "model" for name, _, _ in self.forward_reads)
+        self.stochastic = term.stochastic or any(r.parameter == "model" for r in self.forward_reads)
         self.expects = {
             p.name: term.expects.get(p.name, CATALOGUE.get(p.name, ("", ""))[0]) for p in _parameters_of(term.forward)
         }
         self.checked: set[Any] = set()
+        self.forms: list[Any] = []  # of the last evaluation, most often those of the next
         # Only a term that reads what another publishes can close a circle.
-        self.crosses = any("." in name for _, name, _ in self.forward_reads)
-        # Most terms: one number of a weight, every example counts once, no random numbers.
-        self.plain = isinstance(summand.weight, Number) and not (
-            summand.auxiliary or self.count_reads or self.stochastic
-        )
+        self.crosses = any("." in r.name for r in self.forward_reads)
+        # Most terms: a number for a weight, and every example counts once.
+        self.plain = isinstance(summand.weight, Number) and not summand.auxiliary and self.count_reads is None
 
     @property
     def outside(self) -> Iterator[tuple[str, bool]]:
         """Every quantity that the term reads from its stream, and whether it may be absent."""
-        for parameter, name, optional in (*self.forward_reads, *(self.count_reads or ()), *self.advance_reads):
-            if parameter not in self.composes:
-                yield name, optional
+        for reading in (*self.forward_reads, *(self.count_reads or ()), *self.advance_reads):
+            if reading.parameter not in self.composes:
+                yield reading.name, reading.optional
         for objective in self.composes.values():
             for entry in objective._entries:
                 yield from entry.outside
 
     def _plan(
         self, function: Callable[..., Any], renames: dict[str, str], skipped: tuple[str, ...]
-    ) -> tuple[tuple[str, str, bool], ...]:
+    ) -> tuple[_Reading, ...]:
         found = _parameters_of(function)
         if function == self.term.forward:
             known = {p.name for p in found}
@@ -320,8 +323,8 @@ class _Entry:
                     )
         needed = self.term.requirements()
         return tuple(
-            (p.name, renames.get(p.name, p.name), p.optional and p.name not in needed)
-            for p in found
+            _Reading(p.name, name, p.optional and p.name not in needed, "." in name or name in CLOCK)
+            for p, name in ((p, renames.get(p.name, p.name)) for p in found)
             if p.name not in skipped
         )
 
@@ -391,6 +394,7 @@ class Objective(nn.Module):
             or any(objective.stateful for objective in e.composes.values())
             for e in self._entries
         )
+        self._plain = all(e.plain for e in self._entries)
         self._recorded = tuple(e for e in self._entries if e.advance_reads)
         self._duals = tuple(
             e for e in self._entries if any(getattr(x, "module", None) is not None for x in leaves_of(e.weight))
@@ -555,6 +559,8 @@ class Objective(nn.Module):
     def __mul__(self, weight: Any) -> Objective:
         if isinstance(weight, Tensor):
             weight = TensorWeight(weight)
+        elif isinstance(weight, bool):
+            weight = int(weight)
         elif not isinstance(weight, Number) and isinstance(weight, numbers.Real):
             weight = float(weight)  # a NumPy scalar
         if not isinstance(weight, Number | Coefficient):
@@ -603,11 +609,14 @@ class Objective(nn.Module):
             QuantityError: a term reads what is missing or ill-shaped.
             StateError: a stateful objective is stepped repeatedly and nobody advances it.
         """
-        sources = _sources(quantities, eager)
-        parts = self._evaluate(sources)
-        total = self._total(parts)
+        state = _State(self, _sources(quantities, eager))
+        parts: Mapping[str, _Part] = {}
+        total = self._mean(state) if self._plain else None
+        if total is None:
+            parts = self._parts(state)
+            total = self._total(parts)
         if self._stateful and self.training and torch.is_grad_enabled():
-            self._await_advance(sources, parts, total)
+            self._await_advance(state, parts, total)
         return total
 
     def evaluate(self, quantities: Mapping[str, Any] | None = None, /, **eager: Any) -> Evaluation:
@@ -622,6 +631,28 @@ class Objective(nn.Module):
                 for label, p in parts.items()
             },
         )
+
+    def _mean(self, state: _State) -> Tensor | None:
+        """Return the total where every term is plain and every example counts once, else None.
+
+        The mean of the weighted sum is the weighted sum of the means, in one reduction instead of one for each term.
+        """
+        summed: Tensor | None = None
+        for entry in self._entries:
+            source = state.sources.get(entry.stream)
+            if source is None or "sample_weight" in source:
+                return None
+            value = state.value(entry)
+            values = value.values
+            if values.ndim != 1 or value.surrogate is not None or not value.active:
+                return None
+            if summed is None:
+                summed = values if entry.weight == 1 else entry.weight * values
+            elif values.shape == summed.shape and values.device == summed.device:
+                summed = torch.add(summed, values, alpha=entry.weight)  # type: ignore[arg-type]
+            else:
+                return None
+        return None if summed is None else summed.mean()
 
     def _total(self, parts: Mapping[str, _Part]) -> Tensor:
         total: Tensor | None = None
@@ -648,22 +679,22 @@ class Objective(nn.Module):
             denominators: by label, the sum of counts over all micro-batches and processes, and the number of evaluations.
             only: labels to evaluate; the others are left out.
         """
-        state = _State(self, sources)
-        parts: dict[str, _Part] = {}
-        for entry in self._entries:
-            if only is None or entry.label in only:
-                parts[entry.label] = self._part(
-                    entry, state, None if denominators is None else denominators[entry.label]
-                )
-        return parts
+        return self._parts(_State(self, sources), denominators, only)
+
+    def _parts(
+        self,
+        state: _State,
+        denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
+        only: frozenset[str] | None = None,
+    ) -> dict[str, _Part]:
+        return {
+            e.label: self._part(e, state, None if denominators is None else denominators[e.label])
+            for e in self._entries
+            if only is None or e.label in only
+        }
 
     def _part(self, entry: _Entry, state: _State, denominator: tuple[float | Tensor, int] | None) -> _Part:
         source = state.sources.get(entry.stream)
-        if entry.plain and denominator is None and source is not None:
-            values = state.value(entry).values
-            # The general rule below, for the case that every step of most objectives is.
-            if values.ndim == 1 and "sample_weight" not in source and state.done[entry.label].is_plain:
-                return _Part(values.mean(), entry.weight, values, True)  # type: ignore[arg-type]
         weight: float | Tensor = 1.0 if entry.auxiliary else value_of(entry.weight, self._live.clock)
         if source is None:
             return _Part(torch.zeros(()), weight, None, active=False)
@@ -744,9 +775,8 @@ class Objective(nn.Module):
             known = table.get(e.stream or "main")
             if known is not None:
                 e.term.bind(known)
-        self.clock = replace(
-            self.clock, steps=steps or self.clock.steps, steps_per_epoch=steps_per_epoch or self.clock.steps_per_epoch
-        )
+        clock = self.clock
+        self.clock = Clock(clock.step, steps or clock.steps, steps_per_epoch or clock.steps_per_epoch)
         return self
 
     def follow(self, optimizer: Any) -> Objective:
@@ -760,10 +790,11 @@ class Objective(nn.Module):
         Returns: the objective itself.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        zero = type(inner).zero_grad
+        zero, live = type(inner).zero_grad, self._live
 
         def zero_grad(*args: Any, **kwargs: Any) -> None:
-            self._forget_used()
+            if live.pending:
+                self._forget_used()
             zero(inner, *args, **kwargs)
 
         self._live.unfollow()
@@ -784,10 +815,12 @@ class Objective(nn.Module):
         """
         live = self._live
         waiting, live.pending, live.steps_seen = list(live.pending.values()), {}, 0
-        with torch.no_grad():
+        # As torch.no_grad(), which makes two objects more.
+        with torch.set_grad_enabled(False):
             for entry in self._recorded:
                 self._advance_term(entry, [w["reads"][entry.label] for w in waiting if entry.label in w["reads"]])
-            self._advance_duals(waiting)
+            if self._duals:
+                self._advance_duals(waiting)
         clock = live.clock
         live.clock = Clock(clock.step + 1, clock.steps, clock.steps_per_epoch)
 
@@ -797,8 +830,8 @@ class Objective(nn.Module):
             if everywhere:
                 raise StateError(f"{entry.label}: this process has no record of the step, and the others wait for it.")
             return
-        joined: dict[str, Any] = {}
-        for name, first in records[0].items():
+        joined: dict[str, Any] = {} if everywhere or len(records) > 1 else records[0]
+        for name, first in records[0].items() if not joined else ():
             if isinstance(first, Tensor) and first.ndim:
                 rows = torch.cat([record[name] for record in records]) if len(records) > 1 else first
                 joined[name] = processes.gather_rows(rows) if everywhere else rows
@@ -807,8 +840,6 @@ class Objective(nn.Module):
         entry.term.advance(**joined)  # type: ignore[misc]
 
     def _advance_duals(self, waiting: list[dict[str, Any]]) -> None:
-        if not self._duals:
-            return
         measured: dict[int, Any] = {}
         modules: dict[int, Any] = {}
         for entry in self._duals:
@@ -825,50 +856,56 @@ class Objective(nn.Module):
         for key, module in modules.items():
             module.advance(measured[key])
 
-    def _await_advance(
-        self, sources: Mapping[str | None, Mapping[str, Any]], parts: Mapping[str, _Part], total: Tensor
-    ) -> None:
+    def _await_advance(self, state: _State, parts: Mapping[str, _Part], total: Tensor) -> None:
         """Keep what `advance` will read, the first time that these data are evaluated in this step."""
-        if not self._live.followed:
+        live = self._live
+        if not live.followed:
             self._watch()
-        held = _data(sources)
-        self.record(_addresses(held), sources, parts, total, held=held)
+        held = _data(state.sources)
+        key = _addresses(held)
+        if key not in live.pending:
+            waiting = self._waiting(state, parts, None, held)
+            if live.followed and total.requires_grad:
+                # A gradient that is kept says, without a hook in Python, whether backward came by.
+                total.retain_grad()
+                waiting["total"] = total
+            live.pending[key] = waiting
 
     def record(
         self,
         key: Any,
         sources: Mapping[str | None, Mapping[str, Any]],
         parts: Mapping[str, Any],
-        total: Tensor | None = None,
         denominators: Mapping[str, tuple[float | Tensor, int]] | None = None,
-        held: Sequence[Tensor] = (),
     ) -> None:
-        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step.
+        """Keep what `advance` will read of one micro-batch, unless `key` was kept already in this step."""
+        if key not in self._live.pending:
+            self._live.pending[key] = self._waiting(_State(self, sources), parts, denominators)
+
+    def _waiting(
+        self,
+        state: _State,
+        parts: Mapping[str, Any],
+        denominators: Mapping[str, tuple[float | Tensor, int]] | None,
+        held: Sequence[Tensor] = (),
+    ) -> dict[str, Any]:
+        """Return what `advance` will read.
 
         Args:
-            total: what the user differentiates; `zero_grad` of a followed optimiser asks it whether that has happened.
             held: tensors whose addresses are the key; they are kept so that the addresses are not used again within the step.
         """
-        pending = self._live.pending
-        if key in pending:
-            return
-        waiting: dict[str, Any] = {"reads": {}, "values": {}, "total": None, "held": held}
-        state = _State(self, sources)
+        reads, values = {}, {}
         for entry in self._recorded:
-            source = state.source(entry)
+            source = state.sources.get(entry.stream)
             if source is not None and (entry.label not in parts or parts[entry.label].active):
                 arguments = state.arguments(entry, entry.advance_reads, source)
-                waiting["reads"][entry.label] = _counting_rows(arguments, source.get("sample_weight"))
+                reads[entry.label] = _counting_rows(arguments, source.get("sample_weight"))
         for entry in self._duals:
             part = parts.get(entry.label)
             if part is not None and part.active:
                 share = torch.ones(()) if denominators is None else _share_of(denominators[entry.label])
-                waiting["values"][entry.label] = (part.reduced.detach(), share)
-        if self._live.followed and total is not None and total.requires_grad:
-            # A gradient that is kept says, without a hook in Python, whether backward came by.
-            total.retain_grad()
-            waiting["total"] = total
-        pending[key] = waiting
+                values[entry.label] = (part.reduced.detach(), share)
+        return {"reads": reads, "values": values, "total": None, "held": held}
 
     def discard(self) -> None:
         """Forget what waits for `advance`: the step was skipped."""
@@ -962,11 +999,14 @@ class TensorWeight(Coefficient):
 class _State:
     """The sources of one evaluation, and the terms that are evaluated already."""
 
+    __slots__ = ("checks", "composed", "done", "objective", "running", "sources")
+
     def __init__(self, objective: Objective, sources: Mapping[str | None, Mapping[str, Any]]) -> None:
         self.objective, self.sources = objective, sources
         self.done: dict[str, Value] = {}
         self.composed: dict[tuple[str, str], Tensor] = {}
         self.running: list[str] = []
+        self.checks = not torch.compiler.is_compiling()
 
     def source(self, entry: _Entry) -> Mapping[str, Any] | None:
         return self.sources.get(entry.stream)
@@ -990,7 +1030,7 @@ class _State:
         arguments = self.arguments(entry, entry.forward_reads, source)
         if entry.auxiliary:
             arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        if not torch.compiler.is_compiling():
+        if self.checks:
             self._check(entry, arguments)
         if entry.stochastic:
             device = getattr(source, "device", None)
@@ -1013,16 +1053,14 @@ class _State:
         micro = list(pending).index(identity) if identity in pending else len(pending)
         return (self.objective.seed, self.objective.clock.step, micro, processes.rank())
 
-    def arguments(
-        self, entry: _Entry, reads: tuple[tuple[str, str, bool], ...], source: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def arguments(self, entry: _Entry, reads: tuple[_Reading, ...], source: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
-        for parameter, name, optional in reads:
+        for parameter, name, optional, inside in reads:
             if parameter in entry.composes:
                 found[parameter] = self._composed(entry, parameter, source)
             elif name in source:
                 found[parameter] = source[name]
-            elif "." in name or name in CLOCK:
+            elif inside:
                 found[parameter] = self._inside(entry, name)
             elif not optional:
                 raise self._missing(entry, parameter, name, source)
@@ -1075,8 +1113,12 @@ class _State:
         )
 
     def _check(self, entry: _Entry, arguments: dict[str, Any]) -> None:
-        signature = tuple((v.dtype, v.shape) if isinstance(v, Tensor) else type(v) for v in arguments.values())
+        forms = [(v.dtype, v.shape) if isinstance(v, Tensor) else type(v) for v in arguments.values()]
+        if forms == entry.forms:
+            return
+        signature = tuple(forms)
         if signature in entry.checked:
+            entry.forms = forms
             return
         sizes: dict[str, int] = {}
         for name, value in arguments.items():
@@ -1085,6 +1127,7 @@ class _State:
         if len(entry.checked) > 1000:
             entry.checked.clear()  # sequences of every length: checking again is cheaper than remembering all
         entry.checked.add(signature)
+        entry.forms = forms
 
 
 def _sources(quantities: Mapping[str, Any] | None, eager: dict[str, Any]) -> dict[str | None, Mapping[str, Any]]:
@@ -1136,22 +1179,29 @@ def _share_of(denominator: tuple[float | Tensor, int]) -> Tensor:
 
 def _addresses(data: Sequence[Tensor]) -> tuple[Any, ...]:
     """Recognise a micro-batch by the addresses of its data, so that a repeated closure is not taken for another one."""
-    return tuple((v.data_ptr(), v.shape) for v in data)
+    return tuple([(v.data_ptr(), v.shape) for v in data])
 
 
 def _data(sources: Mapping[str | None, Mapping[str, Any]]) -> list[Tensor]:
-    """Return the tensors of the sources that nothing is differentiated by; a stream under two names counts once."""
-    unique = {id(source): source for source in sources.values()}.values()
-    return [v for source in unique for v in source.values() if isinstance(v, Tensor) and not v.requires_grad]
+    """Return the tensors of the sources that nothing is differentiated by; None is another name of one of the streams."""
+    return [
+        v
+        for stream, source in sources.items()
+        if stream is not None
+        for v in source.values()
+        if isinstance(v, Tensor) and not v.requires_grad
+    ]
 
 
 def _counting_rows(arguments: dict[str, Any], weight: Tensor | None) -> dict[str, Any]:
     """Detach what `advance` will read, and leave out the padding rows, which count nothing."""
-    found = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    for name, v in arguments.items():
+        if isinstance(v, Tensor) and v.requires_grad:
+            arguments[name] = v.detach()
     if weight is None or bool((weight > 0).all()):
-        return found
+        return arguments
     rows = weight > 0
-    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in found.items()}
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(rows) else v for k, v in arguments.items()}
 
 
 def _detached(weight: float | Tensor) -> float | Tensor:

@@ -63,11 +63,30 @@ class ModelView:
         # Losses are taken in float32 whatever the forward pass computed in.
         return out.float() if isinstance(out, Tensor) and out.dtype in (torch.bfloat16, torch.float16) else out
 
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `function(module, *inputs)` at the parameters of this evaluation: for what a forward pass alone does not give."""
+        with self.autocast():
+            if self.at is None:
+                return function(self.module, *inputs)
+            at = {f"module.{name}": value for name, value in self.at.items()}
+            return torch.func.functional_call(_Applied(self.module, function), at, inputs)
+
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters by name, at this evaluation."""
         own: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         return own if self.at is None else {name: self.at.get(name, p) for name, p in own.items()}
+
+
+class _Applied(nn.Module):
+    """A function of a module as a module, so that its parameters can be replaced while it runs."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
 
 
 class TermStep(NamedTuple):
@@ -156,6 +175,8 @@ class Solver(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         ...
+
+    # A solver may also define `release()`, which `fit` calls at the end: it gives back what `bind` changed about the parameters.
 
 
 @dataclass(frozen=True)
@@ -250,10 +271,20 @@ class Problem:
         labels = self.objective.labels
         local = torch.zeros(len(labels) + 1, dtype=torch.float64)
         for batch in self.batches:
-            counts = self.objective.counts(self._sources(batch))
+            counts = self.objective.counts(
+                self._sources({name: self._named(name, data) for name, data in batch.items()})
+            )
             local += torch.tensor([*(float(counts[label]) for label in labels), 1.0], dtype=torch.float64)
         total = processes.sum_across(local if self.device is None else local.to(self.device)).tolist()
         return {label: (total[i], int(total[-1])) for i, label in enumerate(labels)}
+
+    def _readout(self, stream: str) -> Readout:
+        return self.readout[stream] if isinstance(self.readout, Mapping) else self.readout
+
+    def _named(self, stream: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the data under every name by which terms may read them; a readout may know several."""
+        also = getattr(self._readout(stream), "also_named", None)
+        return data if also is None else also(data)
 
     def _sources(self, batch: Mapping[str, Mapping[str, Any]]) -> dict[str | None, Mapping[str, Any]]:
         main = batch.get("main", next(iter(batch.values()), {}))
@@ -264,8 +295,7 @@ class Problem:
         for place, (stream, data) in enumerate(self.batches[number].items()):
             key = (*self.key, number, processes.rank(), place)
             batch = Quantities(data, key=key, device=self.device)
-            readout = self.readout[stream] if isinstance(self.readout, Mapping) else self.readout
-            read[stream] = readout(view, batch, self._plan(stream, place))
+            read[stream] = self._readout(stream)(view, batch, self._plan(stream, place))
         return self._sources(read)
 
     def _plan(self, stream: str, place: int) -> frozenset[str]:
@@ -302,7 +332,7 @@ class Problem:
             total = self.objective._total(parts)
             if first:
                 if self.record and self.objective.stateful:
-                    self.objective.record(number, sources, parts, None, self._denominators)
+                    self.objective.record(number, sources, parts, self._denominators)
                 for label, part in parts.items():
                     before = reports.get(label)
                     value = part.reduced.detach()
@@ -418,9 +448,7 @@ class Problem:
             outputs: one tensor a micro-batch, as `outputs()` gives them.
         """
         reading = frozenset(
-            e.label
-            for e in self.objective._entries
-            if any(quantity == self._output for _, quantity, _ in e.forward_reads)
+            e.label for e in self.objective._entries if any(reading.name == self._output for reading in e.forward_reads)
         )
         whole: Tensor | None = None
         for number, output in enumerate(outputs):

@@ -78,6 +78,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "float [batch, time] | float [batch]",
         "log-probability of each token of a sampled answer under the policy that sampled it, 0 outside, or their sum",
     ),
+    "log_score": (
+        "float [batch]",
+        "log-probability of a response under a target, up to its normaliser; -inf forbids it",
+    ),
     "group": ("int64 [batch]", "which prompt a sampled response answers; responses of one group are compared"),
     **{
         f"{place}{name}": (

@@ -27,7 +27,8 @@ class Stream:
 
     Args:
         data: tensors by quantity name (`{"input": ..., "target": ...}`), a pair `(input, target)`, a map-style data set whose
-            items are such pairs or dictionaries, or a `DataLoader` (drawn as it is; then `index` is what its batches say).
+            items are such pairs or dictionaries, or a `DataLoader` (drawn as it is; then `index` is what its batches say). Where a
+            data set has a method `collate(items)`, that makes its batches.
         batch_size: examples of one optimiser step, over all processes and micro-batches.
         shuffle: draw each epoch in a new order; else in the order of the data.
         drop_last: leave out the last, smaller batch of an epoch.
@@ -183,7 +184,7 @@ class Stream:
                 self.data,
                 batch_sampler=_Lists([rows.tolist() for rows, _ in shares]),
                 num_workers=self.workers,
-                collate_fn=default_collate,
+                collate_fn=getattr(self.data, "collate", default_collate),
             )
             micros: list[Batch] = []
             for (rows, padding), items in zip(shares, loader, strict=True):

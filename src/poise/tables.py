@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from poise.claims import Claim
     from poise.claims.runner import Row
     from poise.studies.summary import Difference, Metric, Summary, TermEffect
-    from poise.tasks import Task
+    from poise.tasks.contract import AnyTask
 
 __all__ = ["claim_finding", "claim_rows", "fit_results", "formula_names", "study_results"]
 
@@ -47,7 +47,7 @@ def study_results(summary: Summary) -> Iterator[RenderableType]:
         yield Text("\n".join(summary.notes), style="dim")
 
 
-def fit_results(formula: str, task: Task, seconds: float, metrics: dict[str, float]) -> Iterator[RenderableType]:
+def fit_results(formula: str, task: AnyTask, seconds: float, metrics: dict[str, float]) -> Iterator[RenderableType]:
     """What one trained model reached on the test split."""
     yield _heading(f"{formula} on {task.name}, {wording.count(task.examples, 'example')}: {wording.seconds(seconds)}")
     table = _table("Test metric", ">Value")

@@ -32,6 +32,7 @@ from poise.metrics import rises
 from poise.objective import DataInfo, Objective, Summand, Term
 from poise.parts import apply_part
 from poise.problem import Problem, Step, named_parameters_of
+from poise.readouts.language import SIDES, Language, needs_reference, reference_for
 from poise.readouts.supervised import Readout, readout_for
 from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
 from poise.solvers.torch_optimizers import as_solver
@@ -64,6 +65,7 @@ def fit(
     seed: int = 0,
     deterministic: bool = False,
     metrics: Metrics | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     validate_every: int | None = None,
     monitor: str | None = None,
     patience: int | None = None,
@@ -101,6 +103,7 @@ def fit(
         seed: decides the data's order, augmentations, dropout and what terms draw; not the model's weights, which are there already.
         deterministic: ask PyTorch for deterministic kernels only.
         metrics: `metrics(output, target)` on the whole of `valid`; by default accuracy and negative log-likelihood, or RMSE and MAE.
+        evaluate: `evaluate(model)` in place of `valid` and `metrics`, for models that are not measured output by output.
         validate_every: in steps; one epoch by default.
         monitor: metric that early stopping and the best model go by; "accuracy" or "rmse" by default. Falling is better for names that
             contain loss, nll, rmse, mae, error, ece and the like (`poise.metrics.FALLING`).
@@ -224,12 +227,18 @@ class _Loop:
         return streams
 
     def _choose_readout(self, main: Stream) -> Readout:
-        target = main.data.get("target") if isinstance(main.data, Mapping) else None
-        if target is None:
-            target = next(main.iterate(0))[0].get("target")
+        first = main.data if isinstance(main.data, Mapping) else next(main.iterate(0))[0]
+        if any(f"{side}_ids" in first for side in SIDES):
+            return self._language_readout(first)
+        target = first.get("target")
         if not isinstance(target, Tensor):
             raise InputError("The training data have no 'target', so no readout is obvious: give readout=...")
         return readout_for(target)
+
+    def _language_readout(self, first: Mapping[str, Any]) -> Readout:
+        """Return the readout of answers, with a reference where the objective reads one that the data do not bring along."""
+        read = {name for stream in self.objective.streams for name in self.objective.plan(stream)}
+        return Language(reference_for(self.model) if needs_reference(read - {*first}) else None)
 
     def _classes(self, stream: Stream) -> int | None:
         """Return the number of classes: what the model puts out says it, where a target may lack a class."""
@@ -316,12 +325,21 @@ class _Loop:
     def _monitor(self) -> str:
         if self.options["monitor"]:
             return str(self.options["monitor"])
+        if self.options["evaluate"] is not None:
+            return ""
         readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
         return "accuracy" if readout.output == "logits" else "rmse"
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
+        try:
+            return self._run()
+        finally:
+            # A solver that took parameters out of training gives them back, whatever happened.
+            getattr(self.solver, "release", lambda: None)()
+
+    def _run(self) -> Run:
         with _deterministic(self.options["deterministic"]), self._listening(), _Memory(self.device) as memory:
             self._resume()
             with _bar(self.options["progress"], self.state) as report, self._tracking() as track:
@@ -457,7 +475,7 @@ class _Loop:
     # ---- validation -------------------------------------------------------------------------------------------------
 
     def _validate_if_due(self) -> None:
-        if self.valid is None:
+        if self.valid is None and self.options["evaluate"] is None:
             return
         every = self.options["validate_every"] or self.steps_per_epoch or 50
         if self.state.step % every and self.state.step != self.steps:
@@ -470,6 +488,11 @@ class _Loop:
         self.objective.train()
 
     def _measure(self) -> Mapping[str, float]:
+        evaluate = self.options["evaluate"]
+        if evaluate is not None:
+            self.model.eval()
+            with torch.no_grad():  # and in float32, whatever the training computes in
+                return evaluate(self.model)  # type: ignore[no-any-return]
         assert self.valid is not None
         readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
         output = predict(self.model, self.valid["input"], readout, self.device, autocast=self._autocast)
@@ -480,7 +503,7 @@ class _Loop:
         if name not in state.history:
             if self.options["monitor"] or self.options["patience"] or self.options["restore_best"]:
                 offered = ", ".join(k.removeprefix("valid/") for k in state.history if k.startswith("valid/"))
-                raise InputError(f"monitor is {self._monitor()!r}, and the metrics are: {offered}.")
+                raise InputError(f"monitor is {self._monitor() or None!r}, and the metrics are: {offered}.")
             return
         value = state.history[name][-1]
         if state.best is None or (value > state.best[1] if self.rising else value < state.best[1]):

@@ -39,7 +39,7 @@ def loop(loss: str, **options):
         "reinforce(baseline='running')",
         "reinforce(negative=False)",
         "ppo_clip",
-        "grpo + 0.04*reference_kl",
+        "grpo + 0.04*sampled_kl",
         "rloo",
         "sft",
         "dpo(beta=0.1)",

@@ -178,6 +178,13 @@ class SerialEngine:
 
 
 def task(**changes: Any) -> Any:
+    """A task without data: what a study asks beside them is answered as the real one does."""
+    from poise.tasks.task import Task  # loads PyTorch, which the workers of a test do not need
+
+    class FakeTask(SimpleNamespace):
+        usual_batch, usual_epochs, usual_solver = Task.usual_batch, Task.usual_epochs, Task.usual_solver
+        metric_names, choose_model, model_code = Task.metric_names, Task.choose_model, Task.model_code
+
     values = {
         "name": "digits",
         "source": "digits",
@@ -191,7 +198,7 @@ def task(**changes: Any) -> Any:
         "primary": "accuracy",
         "direction": "max",
     }
-    return SimpleNamespace(**{**values, **changes})
+    return FakeTask(**{**values, **changes})
 
 
 def slow_on_seed_one_once(spec: RunSpec, *, folder: Path | None = None, report: Any = None) -> RunRecord:

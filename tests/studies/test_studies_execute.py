@@ -15,6 +15,7 @@ from poise.errors import InputError, PoiseWarning
 from poise.readouts import Classification
 from poise.studies.execute import execute, explain, make_schedule, rehearse
 from poise.studies.spec import DataSpec
+from poise.tasks.task import Split, Task
 from poise.training import default_metrics
 
 MIB = 2**20
@@ -31,20 +32,17 @@ class Untouchable(dict):
         raise AssertionError("the test split was read")
 
 
-@dataclasses.dataclass
-class TinySplit:
-    train: dict
-    valid: dict
-    test: dict
-    warnings: tuple = ("Remark.",)
-    metrics = staticmethod(default_metrics)
+class TinySplit(Split):
+    def metrics(self, output, target):
+        return default_metrics(output, target)
 
 
 class TinyTask:
-    name, primary, fingerprint = "tiny", "accuracy", "f" * 64
+    name, primary, fingerprint, arguments = "tiny", "accuracy", "f" * 64, Task.arguments
 
     def split(self, seed):
-        return TinySplit(part(seed, 300), part(seed + 100, 60), part(seed + 200, 60))
+        parts = part(seed, 300), part(seed + 100, 60), part(seed + 200, 60)
+        return TinySplit(*parts, true_target={}, rows=None, preprocessor=None, warnings=["Remark."])
 
     def model(self, name, seed):
         torch.manual_seed(seed)
@@ -92,10 +90,9 @@ def test_the_same_specification_gives_the_same_record(tiny):
 
 
 def test_a_trial_never_reads_the_test_split(tiny, monkeypatch):
-    split = TinyTask().split(0)
-    split.test = Untouchable()
+    split = dataclasses.replace(TinyTask().split(0), test=Untouchable())
     monkeypatch.setattr(tiny, "split", lambda seed: split, raising=False)
-    monkeypatch.setattr(execute_module, "_parts", lambda split: {"train": split.train, "valid": split.valid})
+    monkeypatch.setattr(TinySplit, "sizes", {})
     record = execute(dataclasses.replace(SPEC, measure="valid"))
     assert record.status == "done"
     assert not any(name.startswith("test/") for name in record.metrics)

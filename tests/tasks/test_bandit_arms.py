@@ -102,7 +102,7 @@ def test_the_sequence_bandit_is_learned_on_policy() -> None:
     agent = SequenceAgent(arms=12, length=4, width=12, heads=2, layers=1).fit_to(bandit.one_step.reference, steps=60)
     data = collect(agent, 1, draw_sequences, bandit.score, samples=256)
     loop = preference_loop(
-        agent, None, draw_sequences, bandit.score, "grpo + 0.01*reference_kl", prompts=8,
+        agent, None, draw_sequences, bandit.score, "grpo + 0.01*sampled_kl", prompts=8,
         readout=lambda reference: Choices(reference, sequences=True), samples=8, batch=8, reuse=2, budget=2560, solver="adamw",
         lr=3e-3, device="cpu",
     )  # fmt: skip

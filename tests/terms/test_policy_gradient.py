@@ -24,9 +24,9 @@ from poise.terms.policy_gradient import (
     BestOfN,
     Groups,
     PPOClip,
-    ReferenceKL,
     Reinforce,
     RewardWeighted,
+    SampledKL,
     Score,
     advantages,
 )
@@ -245,7 +245,7 @@ def test_each_estimator_of_the_divergence_pulls_as_its_docstring_says(estimator:
     logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
     log_p = logits.log_softmax(-1)
     log_q = torch.tensor([0.1, 0.4, -0.3], dtype=torch.float64).log_softmax(-1)
-    values = ReferenceKL(estimator)(log_p, log_q)
+    values = SampledKL(estimator)(log_p, log_q)
     found = torch.autograd.grad((log_p.exp().detach() * values).sum(), logits, retain_graph=True)[0]
     reverse = (log_p.exp() * (log_p - log_q)).sum()
     forward = (log_q.exp() * (log_q - log_p)).sum()
@@ -336,7 +336,7 @@ def test_a_column_can_be_a_reward_by_its_name() -> None:
 
 def test_the_hold_on_the_reference_can_stand_in_the_reward_and_carries_no_gradient_there() -> None:
     data = batch()
-    objective = parse("rloo(reward=score - 0.05*reference_kl(estimator='k1', aggregate='sequence_sum'))")
+    objective = parse("rloo(reward=score - 0.05*sampled_kl(estimator='k1', aggregate='sequence_sum'))")
     k1 = (data["response_logps"] - data["reference_response_logps"]).sum(1).detach()
     expected = (1.0 * RLOO())({**data, "reward": data["reward"] - 0.05 * k1})
     torch.testing.assert_close(
@@ -388,7 +388,7 @@ def test_running_statistics_move_once_a_step_and_survive_saving() -> None:
         (lambda: RLOO(reward=3), "rloo: reward is a sum of reward terms"),
         (lambda: RLOO(reward=Score().on("anchor")), "rloo: a reward reads the stream of its term"),
         (lambda: RLOO(reward=1.0 * Reinforce(baseline="running")), "rloo: reinforce has a memory"),
-        (lambda: ReferenceKL("k4"), "reference_kl: estimator is one of"),
+        (lambda: SampledKL("k4"), "sampled_kl: estimator is one of"),
     ],
 )
 def test_an_argument_out_of_range_is_refused_by_the_terms_name(make, message: str) -> None:
@@ -414,7 +414,7 @@ def test_a_ratio_per_token_needs_the_mask() -> None:
 
 @pytest.mark.parametrize(
     "formula",
-    ["best_of_n(negative='worst')", "reward_weighted", "reinforce", "ppo_clip", "grpo", "rloo", "reference_kl"],
+    ["best_of_n(negative='worst')", "reward_weighted", "reinforce", "ppo_clip", "grpo", "rloo", "sampled_kl"],
 )
 def test_float32_and_float64_agree_and_an_answer_of_one_token_may_be_its_sum(formula: str) -> None:
     data = batch(time=1)
@@ -506,7 +506,7 @@ def test_grpo_is_trls(loss_type: str, aggregate: str, level: str, scale: str) ->
         level="sequence_mean" if level == "sequence" else "token",
         scale_rewards=scale,
         **shape,
-    ) + 0.04 * ReferenceKL("k3", **shape)
+    ) + 0.04 * SampledKL("k3", **shape)
     torch.testing.assert_close(ours(data), theirs, rtol=TRL, atol=1e-12)
     (mine,) = torch.autograd.grad(ours(data), data["response_logps"])
     (other,) = torch.autograd.grad(theirs, data["response_logps"])
@@ -529,7 +529,7 @@ def test_rloo_is_trls(whiten: bool) -> None:
     shuffled = torch.empty_like(advantage)
     shuffled[order] = advantage
     theirs = trl.RLOOTrainer._compute_loss(trainer_double(data), None, trl_inputs(data, shuffled))
-    held = ReferenceKL("k1", aggregate="sequence_sum").on(response_logps="behaviour_logps")
+    held = SampledKL("k1", aggregate="sequence_sum").on(response_logps="behaviour_logps")
     ours = 1.0 * RLOO(whiten=whiten, reward=Score() - 0.05 * held)
     torch.testing.assert_close(ours(data), theirs, rtol=TRL, atol=1e-12)
     (mine,) = torch.autograd.grad(ours(data), data["response_logps"])

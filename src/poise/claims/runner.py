@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poise._version import __version__
+from poise.cache import cache_folder
 from poise.claims import Claim, Finding, Progress
 from poise.errors import InputError
 
@@ -185,17 +185,6 @@ def rows(numbers: Iterable[int] | None = None) -> list[Row]:
     """
     chosen = papers() if numbers is None else tuple(find_paper(n) for n in numbers)
     return [_row(paper) for paper in chosen]
-
-
-def cache_folder() -> Path:
-    """Where verdicts are kept: `$POISE_CACHE`, or the platform's cache folder for this user."""
-    if chosen := os.environ.get("POISE_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "poise"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "poise"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poise"
 
 
 @functools.cache

@@ -7,11 +7,11 @@ A part changes a model in place and returns a handle. It can be named in text, a
 
 from __future__ import annotations
 
-import ast
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from poise.errors import FormulaError, InputError, nearest
+from poise.call_text import parse_call
+from poise.errors import InputError, nearest
 from poise.lazy import load
 
 if TYPE_CHECKING:
@@ -52,29 +52,7 @@ def parse_part(text: str) -> tuple[str, dict[str, Any]]:
         >>> parse_part("compand(fn='tanh', learn=True)")
         ('compand', {'fn': 'tanh', 'learn': True})
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise FormulaError(f"a part reads like compand(learn=True), but it is {text!r}: {error.msg}.") from error
-    call = tree if isinstance(tree, ast.Call) else None
-    target = call.func if call else tree
-    if not isinstance(target, ast.Name) or (call and call.args):
-        raise FormulaError(f"a part reads like compand(learn=True), a name and keyword arguments, but it is {text!r}.")
-    if target.id not in CATALOGUE:
-        raise FormulaError(
-            f"no part is called {target.id!r}; there is {', '.join(CATALOGUE)}.{nearest(target.id, CATALOGUE)}"
-        )
-    arguments: dict[str, Any] = {}
-    for keyword in call.keywords if call else []:
-        try:
-            if keyword.arg is None:
-                raise ValueError("** is not allowed")
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
-            raise FormulaError(
-                f"in {text!r}: {ast.unparse(keyword.value)} must be a number, a text, a list, True, False or None."
-            ) from error
-    return target.id, arguments
+    return parse_call(text, CATALOGUE, "part", "compand(learn=True)")
 
 
 def apply_part(model: nn.Module, text: str) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from poise.readouts.language import AdapterOff, Language
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
 from poise.readouts.supervised import Classification, Readout, Regression, readout_for
 
 __all__ = [
+    "AdapterOff",
     "Choices",
     "Classification",
+    "Language",
     "OnPolicy",
     "Readout",
     "Regression",

@@ -1,7 +1,7 @@
 """Batches that the model writes itself: sample answers from what is being trained, score them, learn from them.
 
     stream = OnPolicy(prompts, generate, score, samples=8, reuse=4)
-    poise.fit(model, "grpo + 0.04*reference_kl", {"main": stream}, readout=..., steps=400)
+    poise.fit(model, "grpo + 0.04*sampled_kl", {"main": stream}, readout=..., steps=400)
 
 `generate(model, prompts, generator)` answers prompts, `score(batch)` says what the answers are worth. A round samples
 `batch_size` prompts with `samples` answers each; `reuse` steps are made on it before the next. Two numbers say how

@@ -88,7 +88,7 @@ def preference_loop(
         policy: trained in place.
         reference: where it is held, and whose answers offline data are; a frozen copy of the policy where None.
         generate, score: as for `OnPolicy`.
-        loss: an objective or a formula: `"dpo(beta=0.1)"`, `"best_of_n(negative='worst')"`, `"grpo + 0.04*reference_kl"`, ...
+        loss: an objective or a formula: `"dpo(beta=0.1)"`, `"best_of_n(negative='worst')"`, `"grpo + 0.04*sampled_kl"`, ...
         prompts: tensors by name, or a number of prompts.
         readout: `readout(reference)` makes the readout, such as `Choices`.
         samples: answers to a prompt, N.

@@ -10,6 +10,7 @@ from poise.parameter_groups import parameter_groups
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",
     "AdamW": "torch_optimizers",
+    "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
     "RMSprop": "torch_optimizers",
     "SGD": "torch_optimizers",
@@ -18,6 +19,7 @@ _HOME: dict[str, str] = {
     "Spectrum": "kernel_distillation",
     "ClampWeights": "projection",
     "MaxNorm": "projection",
+    "as_solver": "torch_optimizers",
 }
 
 __all__ = ["parameter_groups", *sorted(_HOME)]

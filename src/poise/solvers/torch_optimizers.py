@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.call_text import parse_call
 from poise.errors import InputError, nearest
 from poise.objective import Objective
 from poise.parameter_groups import asked_for
@@ -33,6 +35,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     # PyTorch's own tolerances stop before a certificate at 1e-6 is reached.
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
+NAMED = {"half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning"}
+"""Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 
@@ -74,7 +78,7 @@ class TorchOptimizer:
             if name not in _NAMES:
                 raise InputError(
                     f"There is no optimiser {optimizer!r}."
-                    + (nearest(name, _NAMES) or f" There are: {', '.join(_NAMES)}.")
+                    + (nearest(name, [*_NAMES, *NAMED]) or f" There are: {', '.join([*_NAMES, *NAMED])}.")
                 )
             self.maker = getattr(torch.optim, _NAMES[name])
         else:
@@ -195,11 +199,42 @@ class _Closure:
         return float(self.problem.latest_value)
 
 
+def parse_solver(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a solver's name with its options: `"adamw"`, `"adamw(weight_decay=0.1)"`, `"half_fine_tuning(level='layer')"`.
+
+    Raises:
+        FormulaError: there are options, and they are no literals or the name is unknown.
+    """
+    if "(" not in text:
+        return text.strip().lower(), {}
+    return parse_call(text, [*_NAMES, *NAMED], "solver", "adamw(weight_decay=0.1)")
+
+
 def as_solver(solver: Any, **options: Any) -> Any:
-    """Return a solver: one as it is, a `torch.optim` optimiser, class or name wrapped."""
+    """Return a solver: one as it is, a `torch.optim` optimiser, class or name wrapped, or one of the library's own by name.
+
+    Args:
+        solver: where it is text, a name out of `torch.optim` or `NAMED`, alone or with options: `"half_fine_tuning(level='layer')"`.
+        options: further options.
+
+    Raises:
+        InputError: the name or an option is not known, or an option is given twice.
+
+    >>> as_solver("half_fine_tuning(level='layer')", lr=1e-3)
+    half_fine_tuning(adamw(lr=0.001), level='layer', ratio=0.5, redraw='phase', state='reset')
+    """
     if hasattr(solver, "step") and hasattr(solver, "needs"):
         return solver
-    return TorchOptimizer(solver, **options)
+    if not isinstance(solver, str):
+        return TorchOptimizer(solver, **options)
+    name, said = parse_solver(solver)
+    twice = sorted(said.keys() & options.keys())
+    if twice:
+        raise InputError(f"{solver!r} says {', '.join(twice)}, which is given beside it too: say it once.")
+    if name not in NAMED:
+        return TorchOptimizer(name if said else solver, **said, **options)
+    module, _, attribute = NAMED[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)(**said, **options)
 
 
 def _named(name: str) -> Callable[..., TorchOptimizer]:

@@ -40,6 +40,9 @@ class DataConfig(_Section):
     noise: str = "symmetric"
     class_weight: str | None = None
     limit: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    skip_bad: bool = False
     fingerprint: str = ""
 
 
@@ -58,6 +61,9 @@ class TrainingConfig(_Section):
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lora: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
     select: Literal["last", "best"] = "last"
@@ -68,6 +74,11 @@ class TrainingConfig(_Section):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
         return self
+
+    def model_options(self) -> dict[str, Any]:
+        """Return the options that only some models have, where they are not the defaults."""
+        options = {"lora": self.lora, "gradient_checkpointing": self.gradient_checkpointing}
+        return {name: value for name, value in options.items() if value}
 
 
 class TuningConfig(_Section):

@@ -1,42 +1,38 @@
 """The training settings that a study chooses where the user says nothing: the same for every formula, stated, written
-down.
+down. The task says which solver, learning rate and batch are usual for its kind of data.
 
-Classification: SGD with momentum 0.9, learning rate 0.02, batches of 128. It is the setting in which early learning and
-memorisation are studied (arXiv:2007.00151, appendix), and a constant rate keeps runs of different lengths comparable.
-Regression: Adam with learning rate 0.003, because targets come in every scale.
+The number of epochs follows from the size of the training split, so that small data sets see enough steps and large
+ones end in reasonable time:
 
-The number of epochs follows from the size of the training split, so that small data sets see enough steps to
-memorise wrong labels and large ones end in reasonable time:
-
-    epochs = clamp(1500 / steps per epoch, 10, 150)
+    epochs = clamp(1500 / steps per epoch, fewest, most)
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from poise.errors import InputError
-from poise.solvers.torch_optimizers import as_solver
+from poise.solvers.torch_optimizers import as_solver, parse_solver
 from poise.studies.config import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from poise.tasks import Task
+    from poise.tasks.contract import AnyTask
 
-BATCH_SIZE = 128
 STEPS = 1500
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 150
-_Choice = tuple[str, dict[str, Any], float]
-CLASSIFICATION: _Choice = ("sgd", {"momentum": 0.9}, 0.02)
-REGRESSION: _Choice = ("adam", {}, 0.003)
 # A usual learning rate for an optimiser that the user names without giving one.
-_RATES = {"sgd": 0.02, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.01, "lion": 3e-4}
+_RATES = {
+    "sgd": 0.02,
+    "adam": 0.003,
+    "adamw": 0.003,
+    "rmsprop": 0.001,
+    "adagrad": 0.01,
+    "lion": 3e-4,
+    "half_fine_tuning": 0.003,
+}
 
 
-def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> TrainingConfig:
+def resolve_training(given: TrainingConfig, task: AnyTask, data: DataConfig) -> TrainingConfig:
     """Fill in what the user left out.
 
     Args:
@@ -50,24 +46,26 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     Raises:
         InputError: a device that does not exist here, or an optimiser without a learning rate.
     """
-    solver, options, lr = CLASSIFICATION if task.target_type == "classification" else REGRESSION
+    solver, options, lr = task.usual_solver(given.model, given.model_options())
     if given.solver is not None and given.solver != solver:
-        if given.lr is None and given.solver not in _RATES:
+        name, said = parse_solver(given.solver)
+        # What wraps an optimiser takes the rate of the one that it wraps.
+        rate = _RATES.get(said.get("base", name))
+        if given.lr is None and rate is None:
             # A name that does not exist is the greater mistake, and says so with the nearest one.
             as_solver(given.solver)
             raise InputError(f"Give a learning rate for the solver {given.solver!r}: its usual one is not known here.")
-        solver, options, lr = given.solver, {}, _RATES.get(given.solver, 0.0)
+        solver, options, lr = given.solver, {}, rate or 0.0
     train = max(1, round(task.examples * data.split[0] / sum(data.split)))
-    batch_size = given.batch_size or min(BATCH_SIZE, train)
+    batch_size = given.batch_size or min(task.usual_batch, train)
     epochs = given.epochs
     if epochs is None and given.steps is None:
-        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / math.ceil(train / batch_size))))
-    from poise.tasks.models import choose_model
-
+        fewest, most = task.usual_epochs
+        epochs = min(most, max(fewest, round(STEPS / math.ceil(train / batch_size))))
     return given.model_copy(
         update={
-            "model": choose_model(given.model, task.input_shape),
-            "model_code": model_code(given),
+            "model": task.choose_model(given.model),
+            "model_code": model_code(given, task),
             "solver": solver,
             "solver_options": options if given.solver_options is None else given.solver_options,
             "lr": lr if given.lr is None else given.lr,
@@ -78,19 +76,13 @@ def resolve_training(given: TrainingConfig, task: Task, data: DataConfig) -> Tra
     )
 
 
-def model_code(given: TrainingConfig) -> str:
-    """Return the sha256 of the source file of the user's own model, so that a changed model is another run.
+def model_code(given: TrainingConfig, task: AnyTask) -> str:
+    """Return the sha256 of what the user's own model is made of, so that a changed model is another run.
 
     Raises:
         InputError: the factory cannot be imported, or its source is no longer the one that `study.toml` was written for.
     """
-    if ":" not in given.model:
-        return ""
-    from poise.tasks import load_factory
-
-    load_factory(given.model)
-    file = getattr(sys.modules[given.model.partition(":")[0]], "__file__", None)
-    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    code = task.model_code(given.model)
     if given.model_code not in ("", code):
         raise InputError(
             f"The source of the model {given.model} has changed since study.toml was written. Restore it, or delete the "

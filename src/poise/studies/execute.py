@@ -24,12 +24,13 @@ from poise._version import __version__
 from poise.coefficient import Coefficient
 from poise.errors import CheckpointError, InputError, NonFiniteError, PoiseError, PoiseWarning
 from poise.formula import parse, parse_weight
-from poise.solvers.torch_optimizers import TorchOptimizer
+from poise.problem import Solver
+from poise.solvers.torch_optimizers import as_solver
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 from poise.training import FitState, Run, fit
 
 if TYPE_CHECKING:
-    from poise.tasks import Split, Task
+    from poise.tasks.contract import AnySplit, AnyTask
 
 CHECKPOINT_SECONDS = 30.0
 # Short names for what people ask for most; any schedule of the formula language works as well.
@@ -70,8 +71,7 @@ def rehearse(spec: RunSpec) -> None:
     """
     with contextlib.suppress(NonFiniteError), _threads(spec.threads):
         task, split = _data(spec.data, spec.seed)
-        few = replace(split, train=_few(split.train, spec.batch_size), valid=_few(split.valid, 64))
-        train(replace(spec, epochs=None, steps=1), task, few)
+        train(replace(spec, epochs=None, steps=1), task, split.few(max(64, spec.batch_size)))
 
 
 def explain(error: Exception, spec: RunSpec) -> str:
@@ -86,13 +86,14 @@ def explain(error: Exception, spec: RunSpec) -> str:
     return f"The run stopped with {type(error).__name__}: {error}"
 
 
-def make_solver(spec: RunSpec) -> TorchOptimizer:
+def make_solver(spec: RunSpec) -> Solver:
     """Return the solver of a run.
 
     Raises:
         InputError: the name or an option is not known.
     """
-    return TorchOptimizer(spec.solver, lr=spec.lr, **spec.solver_options)
+    solver: Solver = as_solver(spec.solver, lr=spec.lr, **spec.solver_options)
+    return solver
 
 
 def make_schedule(text: str | None) -> Coefficient | None:
@@ -123,16 +124,19 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
     task, split = _data(spec.data, spec.seed)
     with _peak_memory(spec.device) as peak:
         run = train(spec, task, split, folder=folder, report=report)
-        metrics = _measure(run, split, split.valid, "valid")
+        metrics = _measure(run, split, "valid")
+        details = {}
         if spec.measure == "test":
-            metrics |= _measure(run, split, split.test, "test")
+            metrics |= _measure(run, split, "test")
+            details = split.details(run)
     return RunRecord(
         spec.id,
         spec,
         "done",
         metrics=metrics,
         curves={name: (list(steps), list(values)) for name, (steps, values) in run.history.curves().items()},
-        sizes={name: len(part["input"]) for name, part in _parts(split).items()},
+        details=details,
+        sizes=split.sizes,
         warnings=list(split.warnings),
         seconds=run.seconds,
         peak_memory_bytes=peak() or run.peak_memory,
@@ -142,8 +146,8 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
 
 def train(
     spec: RunSpec,
-    task: Task,
-    split: Split,
+    task: AnyTask,
+    split: AnySplit,
     *,
     folder: Path | None = None,
     report: Callable[[float], None] | None = None,
@@ -156,21 +160,18 @@ def train(
 
     def attempt() -> Run:
         return fit(
-            task.model(spec.model, seed=spec.seed),
-            parse(spec.formula),
-            split.train,
-            split.valid,
-            readout=task.readout(),
+            objective=parse(spec.formula),
+            **task.arguments(split, spec.model, spec.seed, spec.device, **spec.model_options),
             solver=make_solver(spec),
             lr_schedule=make_schedule(spec.schedule),
             epochs=spec.epochs,
             steps=spec.steps,
             batch_size=spec.batch_size,
+            accumulate=spec.accumulate,
             precision=spec.precision,
             device=spec.device,
             seed=spec.seed,
             deterministic=spec.deterministic,
-            metrics=split.metrics,
             monitor=spec.monitor or task.primary,
             restore_best=spec.select == "best",
             progress=show,
@@ -189,12 +190,11 @@ def train(
         return attempt()
 
 
-def _measure(run: Run, split: Split, part: dict[str, torch.Tensor], name: str) -> dict[str, float]:
-    output = run.predict(part["input"])
-    return {f"{name}/{metric}": float(value) for metric, value in split.metrics(output, part["target"]).items()}
+def _measure(run: Run, split: AnySplit, part: str) -> dict[str, float]:
+    return {f"{part}/{metric}": float(value) for metric, value in split.measure(run, part).items()}
 
 
-def _data(data: DataSpec, seed: int) -> tuple[Task, Split]:
+def _data(data: DataSpec, seed: int) -> tuple[AnyTask, AnySplit]:
     task = _load(data)
     if data.fingerprint and task.fingerprint != data.fingerprint:
         raise InputError(
@@ -206,23 +206,16 @@ def _data(data: DataSpec, seed: int) -> tuple[Task, Split]:
 
 # A worker runs many specifications on the same data; loading and splitting them once is enough.
 @lru_cache(maxsize=1)
-def _load(data: DataSpec) -> Task:
+def _load(data: DataSpec) -> AnyTask:
     from poise.tasks import load_task
 
     return load_task(data.source, **data.arguments())
 
 
 @lru_cache(maxsize=2)
-def _split(data: DataSpec, seed: int) -> Split:
-    return _load(data).split(seed)
-
-
-def _parts(split: Split) -> dict[str, dict[str, torch.Tensor]]:
-    return {"train": split.train, "valid": split.valid, "test": split.test}
-
-
-def _few(part: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-    return {name: values[:rows] for name, values in part.items()}
+def _split(data: DataSpec, seed: int) -> AnySplit:
+    split: AnySplit = _load(data).split(seed)
+    return split
 
 
 def _is_memory(error: Exception) -> bool:

@@ -224,12 +224,15 @@ def _given(data: DataConfig) -> dict[str, Any]:
 
 def _solver_lines(training: TrainingConfig, lr: float, found: str) -> list[str]:
     """Return the arguments of `fit` that name the solver, its learning rate and its schedule."""
+    from poise.solvers.torch_optimizers import NAMED
+
     options = dict(training.solver_options or {})
     if not options or (training.solver, options) == ("sgd", {"momentum": 0.9}):
         # `fit` gives SGD its momentum of 0.9 by itself.
         lines = [f"solver={training.solver!r},", f"lr={lr!r},{found}"]
     else:
-        lines = [f"solver=poise.solvers.TorchOptimizer({_arguments(repr(training.solver), lr=lr, **options)}),{found}"]
+        maker = "as_solver" if training.solver in NAMED or "(" in str(training.solver) else "TorchOptimizer"
+        lines = [f"solver=poise.solvers.{maker}({_arguments(repr(training.solver), lr=lr, **options)}),{found}"]
     schedule = {"constant": None, "cosine": "cosine(1, 0)", "linear": "linear(1, 0)"}.get(
         training.schedule or "constant", training.schedule
     )

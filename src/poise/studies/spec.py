@@ -31,7 +31,8 @@ class DataSpec:
     Args:
         source: name of a built-in task or path of the user's file or folder.
         fingerprint: sha256 over content and options, as `Task.fingerprint` gives it.
-        label, target_type, split, group, time, test_file, label_noise, noise, class_weight, limit: see `load_task`.
+        label, target_type, split, group, time, test_file, label_noise, noise, class_weight, limit, max_length,
+            max_prompt_length, skip_bad: see `load_task`.
     """
 
     source: str
@@ -46,6 +47,9 @@ class DataSpec:
     noise: str = "symmetric"
     class_weight: str | None = None
     limit: int | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    skip_bad: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `load_task`, without the source."""
@@ -70,7 +74,8 @@ class RunSpec:
         lr: learning rate, > 0.
         schedule: learning-rate schedule by name, or None for a constant rate.
         epochs, steps: the budget; exactly one of the two is given.
-        batch_size: examples per step.
+        batch_size: examples per step; `accumulate`: micro-batches of a step.
+        model_options: of language models: `lora`, `gradient_checkpointing`, ...
         precision: `fp32` or `bf16`.
         device: kind of device, with or without a number (`cpu`, `cuda:1`); only the kind decides the id.
         threads: threads of one process.
@@ -101,6 +106,8 @@ class RunSpec:
     measure: Literal["test", "valid"] = "test"
     deterministic: bool = False
     monitor: str = ""
+    accumulate: int = 1
+    model_options: dict[str, Any] = field(default_factory=dict)
     protocol: int = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -158,6 +165,7 @@ class RunRecord:
         error: one sentence for people, empty when done; `detail`: the full traceback.
         metrics: `test/accuracy`, `valid/accuracy`, ... at the end of the run.
         curves: recorded quantities by name, each with its own list of steps.
+        details: what the report shows beyond metrics and curves, as JSON.
         sizes: number of examples per split; `warnings`: what looks wrong in this seed's split.
         seconds: wall time of training; `peak_memory_bytes`: highest memory; `steps`: optimiser steps taken.
         versions, machine: what it ran on.
@@ -176,6 +184,7 @@ class RunRecord:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     steps: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)

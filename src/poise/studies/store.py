@@ -157,6 +157,7 @@ class Store:
             StoreError: the disk is full, the folder is read-only, or the store is damaged.
         """
         context = {
+            "details": record.details,
             "sizes": record.sizes,
             "warnings": record.warnings,
             "versions": record.versions,

@@ -33,10 +33,9 @@ from poise.studies.summary import FailedRun, Summary, TaskSummary
 
 if TYPE_CHECKING:
     from poise.objective import Objective
-    from poise.tasks import Task
+    from poise.tasks.contract import AnyTask
 
 STORE, TOML, CHECKPOINTS = "study.sqlite", "study.toml", "checkpoints"
-METRICS_OF = {"classification": ("accuracy", "macro_f1", "nll", "ece"), "regression": ("rmse", "mae", "r2")}
 # Progress inside runs is passed on at most this often; the end of a run always is.
 _SECONDS_BETWEEN_REPORTS = 0.25
 
@@ -111,7 +110,10 @@ class Study:
         out: the output folder.
         label, target_type, split, group, time, test_file, label_noise, noise, class_weight, limit: how the data are
             read; see `poise.tasks.load_task`.
-        model: `auto`, `linear`, `mlp`, `cnn` or `package.module:factory`.
+        max_length, max_prompt_length, skip_bad: how answers of language models are read; see `load_task`.
+        model: `auto`, `linear`, `mlp`, `cnn`, `package.module:factory`, or the folder of a language model.
+        accumulate: micro-batches of a step. `lora`: rank of an adapter that is trained instead of all weights.
+        gradient_checkpointing: compute activations twice instead of keeping them.
         solver, solver_options, lr, schedule, epochs, steps, batch_size: training; what is left out is chosen for the
             data, the same for every formula, and written into `study.toml`.
         precision: `fp32` or `bf16`.
@@ -150,6 +152,9 @@ class Study:
         noise: str = "symmetric",
         class_weight: str | None = None,
         limit: int | None = None,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        skip_bad: bool = False,
         model: str = "auto",
         solver: str | None = None,
         solver_options: dict[str, Any] | None = None,
@@ -158,6 +163,9 @@ class Study:
         epochs: int | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
+        accumulate: int = 1,
+        lora: int | None = None,
+        gradient_checkpointing: bool = False,
         precision: str = "fp32",
         device: str = "cpu",
         select: str = "last",
@@ -186,6 +194,9 @@ class Study:
                 "noise": noise,
                 "class_weight": class_weight,
                 "limit": limit,
+                "max_length": max_length,
+                "max_prompt_length": max_prompt_length,
+                "skip_bad": skip_bad,
             },
             "training": {
                 "model": model,
@@ -196,6 +207,9 @@ class Study:
                 "epochs": epochs,
                 "steps": steps,
                 "batch_size": batch_size,
+                "accumulate": accumulate,
+                "lora": lora,
+                "gradient_checkpointing": gradient_checkpointing,
                 "precision": precision,
                 "device": device,
                 "select": select,
@@ -262,7 +276,7 @@ class Study:
             return summarize(plan, described, store.curves)
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The loaded task.
 
         Raises:
@@ -542,6 +556,8 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
         epochs=training.epochs,
         steps=training.steps,
         batch_size=training.batch_size,
+        accumulate=training.accumulate,
+        model_options=training.model_options(),
         precision=training.precision,
         device=training.device,
         threads=config.engine.threads,
@@ -552,8 +568,8 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
     )
 
 
-def _describe(task: Task, metric: str | None) -> TaskSummary:
-    known = METRICS_OF[task.target_type]
+def _describe(task: AnyTask, metric: str | None) -> TaskSummary:
+    known = task.metric_names
     if metric is not None and metric not in known:
         raise InputError(
             f"There is no metric {metric!r} for {task.target_type}.{nearest(metric, known)} The metrics are {', '.join(known)}."
@@ -587,15 +603,18 @@ def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
 def _absolute(location: str | None) -> str | None:
     """Return the absolute path of a file or folder; an embedded task's name stays as it is."""
     from poise.tasks import EMBEDDED
+    from poise.tasks.load import REPLIES
 
-    return location if location is None or location in EMBEDDED else str(Path(location).resolve())
+    inside = location is None or location in EMBEDDED or location == REPLIES
+    return location if inside else str(Path(str(location)).resolve())
 
 
 def _beside(file: Path, location: str | None) -> str | None:
     """Return a path that the file names relative to itself, where it exists there and not from here."""
     from poise.tasks import EMBEDDED
+    from poise.tasks.load import REPLIES
 
-    if location is None or location in EMBEDDED or Path(location).exists():
+    if location is None or location in EMBEDDED or location == REPLIES or Path(location).exists():
         return location
     beside = file.parent / Path(location).name
     relative = file.parent / location

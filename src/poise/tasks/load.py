@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +29,14 @@ from poise.tasks.splits import check_fractions, generator_for, stratified_split
 from poise.tasks.table import Categories, Column, Table, missing
 from poise.tasks.task import Examples, Recipe, Task, check_test_rows
 
+if TYPE_CHECKING:
+    from poise.tasks.language.task import LanguageTask
+
 # Raise it when the same file and options give other tensors than before.
 _FORMAT = 1
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab")
+REPLIES = "replies"
+"""The embedded pairs, for the small language model that comes with them."""
 _TABLE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", ".pq", ".npy")
 _FORMATS = (
     "CSV (.csv), TSV (.tsv), Parquet (.parquet), NPZ (.npz), NPY (.npy), or a folder of images with one folder a class"
@@ -85,7 +91,10 @@ def load_task(
     noise: str = "symmetric",
     class_weight: str | None = None,
     limit: int | None = None,
-) -> Task:
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    skip_bad: bool = False,
+) -> Task | LanguageTask:
     """Load an embedded data set or the user's own file as a task.
 
     Numbers are standardised and missing ones imputed, text becomes one column a category; all of it is fitted on the training rows of each
@@ -103,8 +112,11 @@ def load_task(
         noise: "symmetric", "pair", "asymmetric" (digits and mnist know their usual confusions), or "asymmetric:cat>dog,dog>cat".
         class_weight: "balanced" gives training rows a `sample_weight` with which every class counts alike.
         limit: use at most this many rows, drawn at random once (the same for every seed).
+        max_length, max_prompt_length: of answers of language models, in tokens; see `poise.tasks.language.tokenize`.
+        skip_bad: leave out records that cannot be used, count and list them, instead of stopping at the first.
     Returns:
-        A `Task`.
+        A `Task`; or a `LanguageTask` for "replies", JSON lines, a folder that `datasets` saved, or Parquet with `chosen` and
+        `rejected`.
     Raises:
         InputError: whatever is wrong with the source, a column or an argument, in one paragraph.
         MissingDependencyError: mnist without the extra `data`.
@@ -113,6 +125,28 @@ def load_task(
         >>> task.input_shape, task.primary
         ((64,), 'accuracy')
     """
+    text = os.fspath(source)
+    if is_language_source(text):
+        refused = {
+            "label": label,
+            "target_type": target_type,
+            "group": group,
+            "time": time,
+            "class_weight": class_weight,
+        }
+        given = [name for name, value in {**refused, "label_noise": label_noise or None}.items() if value is not None]
+        if given:
+            raise InputError(f"{', '.join(given)}: these options are for tables and images, and {text} holds texts.")
+        from poise.tasks.language.task import load_language_task
+
+        return load_language_task(
+            text, split=split, test_file=test_file, limit=limit, max_length=max_length, max_prompt_length=max_prompt_length,
+            skip_bad=skip_bad,
+        )  # fmt: skip
+    if max_length is not None or max_prompt_length is not None or skip_bad:
+        raise InputError(
+            f"max_length, max_prompt_length and skip_bad are for texts, and {text} is none: give JSON lines, for instance."
+        )
     options = Options(
         label,
         target_type,
@@ -126,7 +160,6 @@ def load_task(
         limit,
     )
     shares = check_fractions(options.split, options.test_file is not None)
-    text = os.fspath(source)
     loaded = _embedded(text, options) if text in EMBEDDED else _read_path(text, options)
     _limit(loaded, options.limit)
     target = loaded.labels.values
@@ -163,6 +196,27 @@ def load_task(
         layout=loaded.layout,
         test_data=loaded.test,
     )
+
+
+def is_language_source(text: str) -> bool:
+    """Whether a source holds texts for a language model: decided by its name, its suffix, or the columns of a Parquet file."""
+    if text == REPLIES:
+        return True
+    path = Path(text)
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return True
+    if path.is_dir():
+        return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    if path.suffix.lower() in (".parquet", ".pq") and path.is_file():
+        import pyarrow.parquet as parquet
+
+        try:
+            columns = set(parquet.read_schema(path).names)
+        except Exception:
+            return False  # the reader of tables says what is wrong with the file
+        return {"chosen", "rejected"} <= columns or {"prompt", "response"} <= columns
+    return False
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from poise.data.label_noise import flip_labels
 from poise.errors import InputError, NonFiniteError
 from poise.quantities import derive
-from poise.tasks.models import build_model
+from poise.tasks.models import build_model, choose_model, load_factory
 from poise.tasks.preprocessing import ArrayPreprocessor, Layout, Preprocessor, TablePreprocessor, fit_preprocessor
 from poise.tasks.splits import Rows, generator_for, group_split, random_split, stratified_split, time_split
 from poise.tasks.table import Table
 
 if TYPE_CHECKING:
     from poise.readouts import Readout
+    from poise.run import Run
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -116,6 +119,28 @@ class Split:
             )
         return measure(self.in_units(output), self.in_units(target), self.classes)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each part."""
+        return {name: len(part["input"]) for name, part in self._parts().items()}
+
+    def few(self, rows: int) -> Split:
+        """Return the same split with only the first rows of each part, to try something out."""
+        train, valid, test = ({k: v[:rows] for k, v in part.items()} for part in (self.train, self.valid, self.test))
+        return replace(self, train=train, valid=valid, test=test)
+
+    def measure(self, run: Run, part: str) -> dict[str, float]:
+        """Return the metrics of a trained model on "train", "valid" or "test"."""
+        data = self._parts()[part]
+        return self.metrics(run.predict(data["input"]), data["target"])
+
+    def details(self, run: Run) -> dict[str, Any]:
+        """Return what a report shows beyond metrics and curves: nothing here."""
+        return {}
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -156,6 +181,11 @@ class Task:
     def direction(self) -> str:
         """Whether more ("max") or less ("min") of the primary metric is better."""
         return "max" if self.classes is not None else "min"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric that `split.metrics` gives, the primary one first."""
+        return ("accuracy", "macro_f1", "nll", "ece") if self.classes is not None else ("rmse", "mae", "r2")
 
     @property
     def outputs(self) -> int:
@@ -230,6 +260,60 @@ class Task:
             InputError: unknown model, or a model whose output does not fit the labels.
         """
         return build_model(name, self.input_shape, self.outputs, image_shape=self.image_shape, seed=seed)
+
+    @property
+    def usual_batch(self) -> int:
+        """Examples of a step where nobody says."""
+        return 128
+
+    @property
+    def usual_epochs(self) -> tuple[int, int]:
+        """Fewest and most epochs where nobody says."""
+        return 10, 150
+
+    def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
+        """Return solver, its options and its learning rate where nobody says.
+
+        Classification: SGD with momentum 0.9 and rate 0.02, the setting in which early learning and memorisation are
+        studied (arXiv:2007.00151, appendix); a constant rate keeps runs of different lengths comparable. Regression:
+        Adam with rate 0.003, because targets come in every scale.
+        """
+        return ("sgd", {"momentum": 0.9}, 0.02) if self.classes is not None else ("adam", {}, 0.003)
+
+    def model_code(self, name: str) -> str:
+        """Return the sha256 of the source file of a model of the user's own; nothing for built-in ones."""
+        if ":" not in name:
+            return ""
+        load_factory(name)
+        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+    def choose_model(self, name: str) -> str:
+        """Return the name of the model that "auto" stands for; other names stay."""
+        return choose_model(name, self.input_shape)
+
+    def arguments(self, split: Split, model: str, seed: int, device: str = "auto", **options: Any) -> dict[str, Any]:
+        """Return what `poise.fit` is given beside the objective and the training settings.
+
+        Args:
+            split: of this task.
+            model: see `model`.
+            seed: decides the start.
+            device: where it will run.
+            options: of models that have some; there are none here.
+
+        Raises:
+            InputError: an option, or a model that does not fit.
+        """
+        if options:
+            raise InputError(f"{', '.join(options)}: these options are for language models, and {self.name} has none.")
+        return {
+            "model": self.model(model, seed),
+            "train": split.train,
+            "valid": split.valid,
+            "readout": self.readout(),
+            "metrics": split.metrics,
+        }
 
     def readout(self) -> Readout:
         """Return the readout that offers `logits`, or `prediction`, of a model on this task."""

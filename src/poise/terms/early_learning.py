@@ -36,32 +36,43 @@ class _LookAhead:
     """
 
     def __init__(self) -> None:
-        self._target: Tensor | None = None
-        self._held: list[Tensor] = []
-        self._marks: list[tuple[object, ...]] | None = None
+        self._kept: tuple[Tensor, list[Tensor], list[int]] | None = None
 
     def keep(self, target: Tensor, tensors: list[Tensor]) -> None:
-        marks = _marks(tensors)
-        if marks is not None:
-            self._target, self._marks, self._held = target, marks, [x.detach() for x in tensors]
+        try:
+            if torch.compiler.is_compiling() or not tensors[0].data_ptr():
+                return
+            # Without the graph behind them, which may be large.
+            held = [x.detach() if x.requires_grad else x for x in tensors]
+            self._kept = target, held, [x._version for x in held]
+        except RuntimeError:  # inside a torch.func transform a tensor has no address, in inference mode no version
+            return
 
     def take(self, tensors: list[Tensor]) -> Tensor | None:
         """Return the target that was worked out from exactly these tensors, or None; it is given once."""
-        found = self._target if self._marks is not None and self._marks == _marks(tensors) else None
-        self._target, self._held, self._marks = None, [], None
-        return found
+        if self._kept is None:
+            return None
+        (target, held, versions), self._kept = self._kept, None
+        for x, before, version in zip(tensors, held, versions, strict=True):
+            if before._version != version or not (x is before or _are_one(x, before)):
+                return None
+        return target
 
     def __reduce__(self) -> tuple[type[_LookAhead], tuple[()]]:
         return (_LookAhead, ())
 
 
-def _marks(tensors: list[Tensor]) -> list[tuple[object, ...]] | None:
-    if torch.compiler.is_compiling():
-        return None
+def _are_one(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory."""
     try:
-        return [(x.data_ptr(), x._version, x.shape, x.stride()) for x in tensors]
-    except RuntimeError:  # inside a torch.func transform a tensor has no address, in inference mode no version
-        return None
+        return (
+            x.data_ptr() == y.data_ptr()
+            and x.shape == y.shape
+            and x.stride() == y.stride()
+            and x._version == y._version
+        )
+    except RuntimeError:
+        return False
 
 
 class EarlyLearning(Term):
@@ -149,6 +160,7 @@ class EarlyLearning(Term):
         self.dtype = dtype
         self.top = top
         self.memory = PerExampleMemory(width=top or None, dtype=_DTYPES[dtype])
+        self.__dict__["memory"] = self.memory  # read at every step, and the search of nn.Module is slow
         # float32 holds every class number below 2^24 exactly.
         self.remembered_classes = PerExampleMemory(width=top) if top else None
         self.classes: int | None = None
@@ -178,17 +190,17 @@ class EarlyLearning(Term):
         share: Tensor | None = None,
     ) -> Value:
         p = self._probabilities(logits)
-        with torch.no_grad():
-            t = self._updated(p, index, teacher_probabilities)
-            self._ahead.keep(t, self._decisive(logits, index, teacher_probabilities))
-            if self.bias_correction:
-                t = t / (1 - self.beta ** (self.memory.visits_of(index) + 1).to(t.dtype))[:, None]
-            if partner is not None and share is not None:
-                t = share[:, None] * t + (1 - share)[:, None] * t[partner]
+        t = self._updated(p, index, teacher_probabilities)
+        self._ahead.keep(t, self._decisive(logits, index, teacher_probabilities))
+        if self.bias_correction:
+            t = t / (1 - self.beta ** (self.memory.visits_of(index) + 1).to(t.dtype))[:, None]
+        if partner is not None and share is not None:
+            share = share.detach()
+            t = share[:, None] * t + (1 - share)[:, None] * t[partner]
         s = (p * t).sum(dim=-1)
         if self.form == "log":
             # log1p would gain nothing: 1 - s is exact from s = 1/2 on, and below it its rounding is that of the value.
-            values = torch.log(1 - (s.clamp(max=1 - self.eps) if self._rounds else s))
+            values = torch.rsub(s.clamp(max=1 - self.eps) if self._rounds else s, 1).log()
         else:
             values = -(t * p.log()).sum(dim=-1)
             if self.form == "kl":
@@ -223,21 +235,24 @@ class EarlyLearning(Term):
     def _decisive(self, logits: Tensor, index: Tensor, teacher_probabilities: Tensor | None) -> list[Tensor]:
         """Everything that decides the updated target."""
         source = logits if teacher_probabilities is None else teacher_probabilities
-        return [source, index, self.memory.values]
+        return [source, index, self.memory.rows]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         # In half precision 1 - eps is 1, and the logarithm below would be infinite.
         dtype = torch.float32 if logits.dtype in (torch.float16, torch.bfloat16) else logits.dtype
-        return torch.softmax(logits, dim=-1, dtype=dtype).clamp(self.eps, 1 - self.eps)
+        # A clamp whose derivative is one operation instead of five.
+        return functional.hardtanh(torch.softmax(logits, dim=-1, dtype=dtype), self.eps, 1 - self.eps)
 
     def _updated(self, p: Tensor, index: Tensor, teacher_probabilities: Tensor | None) -> Tensor:
-        """beta t + (1 - beta) p / |p|_1, or with the teacher's probabilities in the place of p / |p|_1."""
+        """beta t + (1 - beta) p / |p|_1, or with the teacher's probabilities in the place of p / |p|_1; a constant."""
         if teacher_probabilities is None:
             p = p.detach()
             new = p / p.sum(dim=-1, keepdim=True)
         else:
             new = teacher_probabilities.detach().to(p.dtype)
-        old = self._stored(index, classes=new.shape[1]).to(p.dtype)
+        old = self._stored(index, classes=new.shape[1])
+        if old.dtype != new.dtype:
+            old = old.to(new.dtype)
         if old.shape[1] != new.shape[1]:
             raise QuantityError(
                 f"early_learning: the memory was bound to {old.shape[1]} classes, but the model gives {new.shape[1]} probabilities."

@@ -15,7 +15,7 @@ two are mode-covering (they can only raise probabilities), the others push loser
 
 The reward may be a sum of its own, written where it is used:
 
-    grpo(reward=score + 0.1*score.on(reward="brevity").named("brevity")) + 0.04*reference_kl(estimator="k3")
+    grpo(reward=score + 0.1*score.on(reward="brevity").named("brevity")) + 0.04*sampled_kl(estimator="k3")
 
 Public implementations of the clipped losses differ in how tokens become one number; `aggregate` names the ways:
 
@@ -42,9 +42,9 @@ __all__ = [
     "BestOfN",
     "Groups",
     "PPOClip",
-    "ReferenceKL",
     "Reinforce",
     "RewardWeighted",
+    "SampledKL",
     "Score",
 ]
 
@@ -643,7 +643,7 @@ class GRPO(_Clipped):
     -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A),    A = (R - mean of the group) / (std of the group + 1e-4)
 
     The gradient is that of the value; a group whose rewards are equal has none. The hold on the reference is a term of
-    its own, `+ 0.04*reference_kl(estimator="k3")` with the same `aggregate`, so that its weight is seen and its value
+    its own, `+ 0.04*sampled_kl(estimator="k3")` with the same `aggregate`, so that its weight is seen and its value
     reported. The division by the deviation favours prompts that are nearly always or nearly never answered well;
     `scale_rewards="none"` with `aggregate="dr_grpo"` is the variant without that bias.
 
@@ -714,7 +714,7 @@ class RLOO(_Clipped):
 
     At ratio 1 its gradient is that of `reinforce(baseline="leave_one_out")`: unbiased, and without the factor 1 - 1/n
     that the mean of the group brings. Its authors put the hold on the reference into the reward:
-    `rloo(reward=score - 0.05*reference_kl(estimator="k1", aggregate="sequence_sum"))`.
+    `rloo(reward=score - 0.05*sampled_kl(estimator="k1", aggregate="sequence_sum"))`.
 
     Args:
         clip, clip_high: how far the ratio may go below and above 1; `clip=None` takes the samples for fresh.
@@ -771,7 +771,7 @@ class RLOO(_Clipped):
 # ---- beside them ----------------------------------------------------------------------------------------------------
 
 
-class ReferenceKL(Term):
+class SampledKL(Term):
     """The divergence KL(policy || reference), estimated from the sampled tokens alone.
 
     u = log pi - log pi_ref of a token;    k1 = u,    k2 = u^2 / 2,    k3 = exp(-u) - 1 + u
@@ -789,13 +789,13 @@ class ReferenceKL(Term):
         (needed per token).
     Returns: float [batch], or [batch, time] for "token_mean"; nats, >= 0 but for k1.
 
-    >>> ReferenceKL("k2")(torch.tensor([-1.0]), torch.tensor([-3.0]))
+    >>> SampledKL("k2")(torch.tensor([-1.0]), torch.tensor([-3.0]))
     tensor([2.])
 
     Source: Schulman, "Approximating KL divergence" (2020); arXiv:2402.03300, eq. 4 (k3).
     """
 
-    formula = "reference_kl"
+    formula = "sampled_kl"
     equation: ClassVar[str] = "k3 = exp(-u) - 1 + u,  u = log pi - log pi_ref"
     source: ClassVar[str] = "Schulman 2020; arXiv:2402.03300, eq. 4"
 
@@ -806,15 +806,15 @@ class ReferenceKL(Term):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        _one_of("reference_kl", "estimator", estimator, ("k1", "k2", "k3"))
-        _one_of("reference_kl", "aggregate", aggregate, AGGREGATES)
-        _check_length("reference_kl", aggregate, max_length)
+        _one_of("sampled_kl", "estimator", estimator, ("k1", "k2", "k3"))
+        _one_of("sampled_kl", "aggregate", aggregate, AGGREGATES)
+        _check_length("sampled_kl", aggregate, max_length)
         self.estimator, self.aggregate, self.max_length = estimator, aggregate, max_length
 
     def forward(
         self, response_logps: Tensor, reference_response_logps: Tensor, response_mask: Tensor | None = None
     ) -> Tensor:
-        logps, mask = _tokens("reference_kl", response_logps, response_mask, self.aggregate)
+        logps, mask = _tokens("sampled_kl", response_logps, response_mask, self.aggregate)
         reference = reference_response_logps.detach()
         reference = reference[:, None] if reference.ndim == 1 else reference
         u = torch.where(mask, logps - reference, 0.0)
