@@ -21,7 +21,7 @@ from poise.quantities import derive, random_numbers
 from poise.readouts.language import AdapterOff, Reference
 from poise.run import choose_device
 from poise.tasks.language.measure import Pages, metrics, profile, sample, score
-from poise.tasks.language.models import LanguageModel, add_lora, load_language_model
+from poise.tasks.language.models import LanguageModel, add_lora, load_language_model, save_language_model
 from poise.tasks.language.records import Records, Text, read_records
 from poise.tasks.language.tokens import TokenizedRecords, tokenize
 from poise.tasks.splits import check_fractions, group_split
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PRIMARY = {"pairs": "preference_accuracy", "labelled": "label_accuracy", "answers": "nll", "texts": "nll"}
 _METRICS = {
-    "pairs": ("preference_accuracy", "margin", "chosen_shift", "rejected_shift", "nll", "kl", "length_bias"),
+    "pairs": ("preference_accuracy", "margin", "chosen_shift", "nll", "kl", "length_bias"),
     "labelled": ("label_accuracy", "nll", "kl"),
     "answers": ("nll", "kl"),
     "texts": ("nll", "kl"),
@@ -42,7 +42,7 @@ _SAMPLED = 8
 """Prompts that the trained model answers for the report."""
 _REPLIES = 1500
 """Pairs of the embedded source."""
-_RATES = ((10_000_000, 1e-3), (2_000_000_000, 1e-5))
+_RATES = ((10_000_000, 2e-4), (2_000_000_000, 1e-5))
 _SMALLEST_RATE, _ADAPTER = 1e-6, 10.0
 
 
@@ -116,7 +116,7 @@ class LanguageTask:
         return 1, 3
 
     def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
-        """Return AdamW with a rate by the size of the model: 1e-3 below 10 million weights, 1e-5 below 2 billion, else 1e-6; an
+        """Return AdamW with a rate by the size of the model: 2e-4 below 10 million weights, 1e-5 below 2 billion, else 1e-6; an
         adapter learns at ten times the rate."""
         size = _weights_of(self.folder(model))
         rate = next((rate for most, rate in _RATES if size < most), _SMALLEST_RATE)
@@ -244,6 +244,10 @@ class LanguageSplit:
         """The tokenizer of the model that was prepared."""
         return self._tokenizer
 
+    def save(self, run: Run, folder: str | os.PathLike[str]) -> Path:
+        """Keep a trained model with its tokenizer in a new folder, so that plain transformers loads it."""
+        return save_language_model(run.model, self._tokenizer, folder)
+
     def tokens(self, part: str) -> TokenizedRecords:
         """Return a part as tokens of the model that was prepared."""
         return self._tokens[part]
@@ -261,7 +265,9 @@ class LanguageSplit:
     def measure(self, run: Run, part: str) -> dict[str, float]:
         """Return the metrics of a trained model on "train", "valid" or "test"."""
         now, start = self._pages(run, part)
-        found = metrics(now, start, self._labels(part))
+        found = {
+            name: value for name, value in metrics(now, start, self._labels(part)).items() if name != "rejected_shift"
+        }
         if self.task.reward is not None:
             found["reward"] = self._reward(run, part)
         return found
@@ -306,15 +312,13 @@ class LanguageSplit:
 
     def details(self, run: Run) -> dict[str, Any]:
         """Return what the report's pages on alignment show: the depth of the change, lengths, sampled answers, tokens a second."""
-        now, start = self._pages(run, "test")
+        now, _ = self._pages(run, "test")
         data, first = self._tokens["test"], self._tokens["test"].sides[0]
         steps, values = profile(now, "kl")
         train = self._tokens["train"]
         found: dict[str, Any] = {
-            "kl_by_position": [steps, values],
+            "curves": {"depth/kl": (steps, values)},
             "tokens_per_example": float(train.lengths.double().mean()) * len(train.sides),
-            "shifts": {side: (now.sums[side] - start.sums[side]).tolist() for side in data.sides},
-            "lengths": {side: now.lengths[side].tolist() for side in data.sides},
         }
         samples = self._answers(run, "test", _SAMPLED) if data.records.kind != "texts" else []
         found["samples"] = [
