@@ -34,7 +34,7 @@ def train(formula: str, pairs: float | None, accumulate: int) -> dict[str, torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("formula", "pairs"), [("grpo + 0.1*reference_kl", None), ("best_of_n(negative='mean')", None), ("dpo", 0.0)]
+    ("formula", "pairs"), [("grpo + 0.1*sampled_kl", None), ("best_of_n(negative='mean')", None), ("dpo", 0.0)]
 )
 def test_two_processes_train_as_one(tmp_path: Path, formula: str, pairs: float | None) -> None:
     one = train(formula, pairs, 1)

@@ -599,7 +599,7 @@ class SampleTokens:
 
     Reads of the prompts: `prompt_ids` and `prompt_mask` [rows, time].
     Returns: `response_ids` int64 [rows, time], prompt and answer, `response_mask`, True on the answer and its end,
-        and `behaviour_logps` float [rows, time].
+        `response_attention`, True on prompt and answer, and `behaviour_logps` float [rows, time].
 
     Example:
         >>> sample = SampleTokens(max_new_tokens=16, eos=2, pad=0)
@@ -629,6 +629,7 @@ class SampleTokens:
         return {
             "response_ids": response,
             "response_mask": is_answer,
+            "response_attention": kept,
             "behaviour_logps": self._logps(model, response, kept, is_answer),
         }
 
