@@ -382,7 +382,8 @@ class Page:
         self, id: str, name: str, title: str, *, height: int, across: str = "training step"
     ) -> CurveSection | None:
         """Return a curve that is drawn as it is, for a section of its own."""
-        return self._curve(id, name, title, Scale.plain(), height, across)
+        # With a direction, so that an axis of nats stays linear.
+        return self._curve(id, name, title, Scale(1.0, "", ".4g", "min"), height, across)
 
     def add_chart(self, id: str, figure: Figure, says: str, formulas: Sequence[int]) -> Chart:
         """Put a figure on the page, for a section of its own."""

@@ -147,7 +147,7 @@ class LanguageTask:
 
     def model_code(self, name: str) -> str:
         """Return the sha256 of a model's weights and configuration."""
-        return _folder_hash(self.folder(name))
+        return _model_hash(self.folder(name))
 
     def split(self, seed: int) -> LanguageSplit:
         """Draw training, validation and test records; answers to one prompt stay together.
@@ -193,7 +193,14 @@ class LanguageTask:
         if lora is not None:
             with random_numbers(seed):
                 policy = add_lora(policy, lora)
-        return {"model": policy, "train": split.tokens("train"), "evaluate": split.watch}
+        # At the same shares of the run for every seed: the sizes of their training parts differ.
+        return {
+            "model": policy,
+            "train": split.tokens("train"),
+            "evaluate": split.watch,
+            "validate_every": 0.1,
+            "log_every": 0.05,
+        }
 
 
 class LanguageSplit:
@@ -236,7 +243,7 @@ class LanguageSplit:
             self._tokens[name] = tokenize(
                 records, loaded.tokenizer, max_length=longest, max_prompt_length=prompt, skip_bad=self.task.skip_bad
             )
-        self.warnings = [note for note in dict.fromkeys(t.note for t in self._tokens.values()) if note]
+        self.warnings = [f"{name}: {t.note}" for name, t in self._tokens.items() if name in self.sizes and t.cut]
         self._start = {"watched": score(loaded.model, self._tokens["watched"], _device(loaded.model))}
 
     @property
@@ -400,25 +407,38 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+_OF_A_MODEL = (".safetensors", ".gguf", ".json", ".model")
+
+
+def _files(model: str) -> list[Path]:
+    """List what a model is made of: the files of its folder, or the one GGUF file."""
+    place = Path(model)
+    if place.is_file():
+        return [place]
+    return [p for p in sorted(place.iterdir()) if p.suffix in _OF_A_MODEL and p.is_file()] if place.is_dir() else []
+
+
 @lru_cache(maxsize=8)
-def _folder_hash(folder: str) -> str:
-    """sha256 over the weights, configuration and tokenizer of a model's folder."""
+def _model_hash(model: str) -> str:
+    """sha256 over weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
-        if path.suffix in (".safetensors", ".gguf", ".json", ".model") and path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in _files(model):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=8)
-def _weights_of(folder: str) -> int:
-    """Count the weights of a model's folder from the headers of its files; of a GGUF file its bytes stand for them."""
+def _weights_of(model: str) -> int:
+    """Count the weights from the headers of the files; of a GGUF file its bytes stand for them."""
     from safetensors import safe_open
 
     total = 0
-    for path in Path(folder).glob("*.safetensors") if Path(folder).is_dir() else []:
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total or sum(path.stat().st_size for path in Path(folder).glob("*.gguf"))
+    for path in _files(model):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        elif path.suffix == ".gguf":
+            total += path.stat().st_size
+    return total
