@@ -26,6 +26,7 @@ _HOME: dict[str, str] = {
     "fit": "training",
     "Run": "run",
     "Stream": "streams",
+    "OnPolicy": "readouts.on_policy",
     "PerExampleMemory": "memory",
     "FrozenModel": "frozen",
     "constraint": "weights.constraint",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from poise.problem import Problem as Problem
     from poise.problem import Step as Step
     from poise.quantities import Quantities as Quantities
+    from poise.readouts.on_policy import OnPolicy as OnPolicy
     from poise.run import Run as Run
     from poise.streams import Stream as Stream
     from poise.studies import Study as Study

@@ -17,6 +17,7 @@ __all__ = ["Entry", "entries", "summary_of"]
 WEIGHTS = {
     "auto": "poise.weights.auto:Auto",
     "constraint": "poise.weights.constraint:constraint",
+    "adaptive_kl": "poise.weights.adaptive_kl:adaptive_kl",
     "linear": "poise.weights.schedule:linear",
     "cosine": "poise.weights.schedule:cosine",
     "exponential": "poise.weights.schedule:exponential",

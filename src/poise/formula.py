@@ -21,13 +21,18 @@ from typing import Any
 from poise.coefficient import Coefficient, Number, Product, Time, add, multiply, text
 from poise.errors import FormulaError, InputError, nearest
 from poise.objective import Objective, Summand, Term, auxiliary
+from poise.weights.adaptive_kl import adaptive_kl
 from poise.weights.auto import auto
 from poise.weights.constraint import DualWeight, constraint
 from poise.weights.schedule import SCHEDULES
 
 MAX_LENGTH, MAX_DEPTH, MAX_NODES = 20_000, 60, 5_000
 _TIMES = ("step", "epoch", "progress")
-_FUNCTIONS: dict[str, Callable[..., Objective]] = {"constraint": constraint, "auxiliary": auxiliary}
+_FUNCTIONS: dict[str, Callable[..., Objective]] = {
+    "constraint": constraint,
+    "adaptive_kl": adaptive_kl,
+    "auxiliary": auxiliary,
+}
 
 Part = Number | Coefficient | Objective
 
@@ -427,7 +432,7 @@ def objective_text(objective: Objective) -> str:
             summands = [s for s in summands if s not in same]
             inner = _sum([_weighted(s, found[1].inner) for s in [first, *same] if (found := _dual(s.weight))])
             scale = "" if outer == 1 else f"{text(outer, 2)}*"
-            pieces.append((f"{scale}constraint({inner}, {weight.module.arguments()})", False))
+            pieces.append((f"{scale}{weight.module.formula}({inner}, {weight.module.arguments()})", False))
         else:
             pieces.append(_weighted(first, first.weight))
     return (_sum(pieces) if pieces else "0") + "".join(f" with {part}" for part in objective.parts)

@@ -15,6 +15,7 @@ that in a loop of your own, and `poise.fit` does it by itself.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import numbers
@@ -158,15 +159,24 @@ class Term(nn.Module):
         """Return the quantities that this configuration needs although `forward` gives them a default (none by default)."""
         return ()
 
+    def composes(self) -> Mapping[str, Objective]:
+        """Return the quantities that an objective of the term's own makes, by the parameter that receives them (none by default).
+
+        `forward` gets the weighted sum of that objective's unreduced values, detached: the reward of `grpo(reward=a + 0.1*b)`.
+        The attribute that holds the objective has the parameter's name.
+        """
+        return {}
+
     @property
     def reads(self) -> tuple[str, ...]:
         """The quantities that this term needs."""
-        skipped, needed = self.readings(), self.requirements()
-        return tuple(
+        skipped, needed, made = self.readings(), self.requirements(), self.composes()
+        own = [
             p.name
             for p in _parameters_of(self.forward)
-            if (not p.optional or p.name in needed) and p.name not in skipped
-        )
+            if (not p.optional or p.name in needed) and p.name not in {*skipped, *made}
+        ]
+        return tuple(dict.fromkeys([*own, *(q for objective in made.values() for q in objective.reads)]))
 
     def on(self, stream: str | None = None, **renames: str) -> Objective:
         """Bind the term to a stream, or rename what it reads: `term.on("anchor", logits="student_logits")`."""
@@ -277,6 +287,7 @@ class _Entry:
         # Padding rows are left out before `advance`, so it has no use for `sample_weight`, which only some processes may have.
         skipped = (*skipped, "sample_weight")
         self.advance_reads = self._plan(term.advance, renames, skipped) if term.advance is not None else ()
+        self.composes = term.composes()
         self.stochastic = term.stochastic or any(r.parameter == "model" for r in self.forward_reads)
         self.expects = {
             p.name: term.expects.get(p.name, CATALOGUE.get(p.name, ("", ""))[0]) for p in _parameters_of(term.forward)
@@ -287,6 +298,16 @@ class _Entry:
         self.crosses = any("." in r.name for r in self.forward_reads)
         # Most terms: a number for a weight, and every example counts once.
         self.plain = isinstance(summand.weight, Number) and not summand.auxiliary and self.count_reads is None
+
+    @property
+    def outside(self) -> Iterator[tuple[str, bool]]:
+        """Every quantity that the term reads from its stream, and whether it may be absent."""
+        for reading in (*self.forward_reads, *(self.count_reads or ()), *self.advance_reads):
+            if reading.parameter not in self.composes:
+                yield reading.name, reading.optional
+        for objective in self.composes.values():
+            for entry in objective._entries:
+                yield from entry.outside
 
     def _plan(
         self, function: Callable[..., Any], renames: dict[str, str], skipped: tuple[str, ...]
@@ -367,7 +388,11 @@ class Objective(nn.Module):
         self._plans: dict[str | None, frozenset[str]] = {}
         self.seed = 0
         self._stateful = any(
-            e.advance_reads or e.stochastic or any(leaf.moves for leaf in leaves_of(e.weight)) for e in self._entries
+            e.advance_reads
+            or e.stochastic
+            or any(leaf.moves for leaf in leaves_of(e.weight))
+            or any(objective.stateful for objective in e.composes.values())
+            for e in self._entries
         )
         self._plain = all(e.plain for e in self._entries)
         self._recorded = tuple(e for e in self._entries if e.advance_reads)
@@ -408,9 +433,7 @@ class Objective(nn.Module):
     def reads(self) -> tuple[str, ...]:
         """The quantities that the objective needs, without the clock and without what its own terms publish."""
         return tuple(
-            sorted(
-                {r.name for e in self._entries for r in e.forward_reads if not r.optional and self._is_outside(r.name)}
-            )
+            sorted({q for e in self._entries for q, optional in e.outside if not optional and self._is_outside(q)})
         )
 
     def plan(self, stream: str | None = None) -> frozenset[str]:
@@ -420,11 +443,7 @@ class Objective(nn.Module):
         reads: set[str] = set()
         for e in self._entries:
             if e.stream == stream:
-                reads.update(
-                    r.name
-                    for r in (*e.forward_reads, *(e.count_reads or ()), *e.advance_reads)
-                    if self._is_outside(r.name)
-                )
+                reads.update(q for q, _ in e.outside if self._is_outside(q))
         self._plans[stream] = frozenset(reads)
         return self._plans[stream]
 
@@ -446,9 +465,13 @@ class Objective(nn.Module):
         """The weights that are still `auto`, by name; an unnamed one is called after its term."""
         from poise.weights.auto import Auto
 
-        return {
+        own = {
             leaf.name or e.label: leaf for e in self._entries for leaf in leaves_of(e.weight) if isinstance(leaf, Auto)
         }
+        for e in self._entries:
+            for objective in e.composes.values():
+                own.update(objective.autos)
+        return own
 
     def resolve(self, weights: Mapping[str, Number | Coefficient]) -> Objective:
         """Return the objective with `auto` weights replaced by name.
@@ -473,7 +496,7 @@ class Objective(nn.Module):
                 if isinstance(leaf, Auto) and (leaf.name or e.label) in weights
             }
             weight = e.weight.replace(table) if isinstance(e.weight, Coefficient) else e.weight
-            result.append(replace(e.summand, weight=weight))
+            result.append(replace(e.summand, weight=weight, term=_resolved(e.term, weights)))
         return self._like(result)
 
     def without(self, label: str) -> Objective:
@@ -976,11 +999,12 @@ class TensorWeight(Coefficient):
 class _State:
     """The sources of one evaluation, and the terms that are evaluated already."""
 
-    __slots__ = ("checks", "done", "objective", "running", "sources")
+    __slots__ = ("checks", "composed", "done", "objective", "running", "sources")
 
     def __init__(self, objective: Objective, sources: Mapping[str | None, Mapping[str, Any]]) -> None:
         self.objective, self.sources = objective, sources
         self.done: dict[str, Value] = {}
+        self.composed: dict[tuple[str, str], Tensor] = {}
         self.running: list[str] = []
         self.checks = not torch.compiler.is_compiling()
 
@@ -1032,13 +1056,35 @@ class _State:
     def arguments(self, entry: _Entry, reads: tuple[_Reading, ...], source: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
         for parameter, name, optional, inside in reads:
-            if name in source:
+            if parameter in entry.composes:
+                found[parameter] = self._composed(entry, parameter, source)
+            elif name in source:
                 found[parameter] = source[name]
             elif inside:
                 found[parameter] = self._inside(entry, name)
             elif not optional:
                 raise self._missing(entry, parameter, name, source)
         return found
+
+    def _composed(self, entry: _Entry, parameter: str, source: Mapping[str, Any]) -> Tensor:
+        """Return what an objective of the term's own makes: the weighted sum of its unreduced values, detached."""
+        key = (entry.label, parameter)
+        if key not in self.composed:
+            objective = entry.composes[parameter]
+            state = _State(objective, {None: source, "main": source})
+            total: Tensor | None = None
+            for inner in objective._entries:
+                values = state.value(inner).values.detach()
+                weighted = value_of(inner.weight, self.objective.clock) * values
+                if total is not None and total.shape != weighted.shape:
+                    raise QuantityError(
+                        f"{entry.label}: the terms of its {parameter} give values of different forms: {inner.label} gives "
+                        f"{describe(values)}, and those before it {describe(total)}."
+                    )
+                total = weighted if total is None else total + weighted
+            assert total is not None
+            self.composed[key] = total
+        return self.composed[key]
 
     def _inside(self, entry: _Entry, name: str) -> Any:
         """Return a reading of the clock, or what another term publishes."""
@@ -1109,6 +1155,21 @@ def _reduce(values: Tensor, count: Tensor | None, denominator: tuple[float | Ten
     if isinstance(total, Tensor):
         return weighted.sum() / torch.where(total > 0, total, 1.0)
     return weighted.sum() / (total or 1.0)
+
+
+def _resolved(term: Term, weights: Mapping[str, Number | Coefficient]) -> Term:
+    """Return the term, or a copy of it in which the `auto` weights of its own objectives are replaced."""
+    changed = {}
+    for name, objective in term.composes().items():
+        known = {k: v for k, v in weights.items() if k in objective.autos}
+        if known:
+            changed[name] = objective.resolve(known)
+    if not changed:
+        return term
+    # A flat copy: what the term holds is shared, as terms are, but for the objectives that differ.
+    twin = copy.copy(term)
+    twin.__dict__["_modules"] = {**term._modules, **changed}
+    return twin
 
 
 def _share_of(denominator: tuple[float | Tensor, int]) -> Tensor:

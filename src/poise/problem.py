@@ -245,12 +245,25 @@ class Problem:
 
     def _refuse_couples(self) -> None:
         for label, term in self.objective.terms.items():
+            if term.couples == ("group",) and self._groups_are_whole():
+                continue
             if term.couples:
                 where = "several processes" if processes.size() > 1 else "gradient accumulation"
                 raise IncompatibleError(
                     f"{label} compares examples of a batch with each other, so its value under {where} "
                     "is not that of one big batch. Use one process and accumulate=1."
                 )
+
+    def _groups_are_whole(self) -> bool:
+        """Say whether no group of any stream is shared out over micro-batches or processes."""
+        for stream in self.batches[0]:
+            parts = [torch.unique(b[stream]["group"]) for b in self.batches if "group" in b.get(stream, {})]
+            if parts:
+                own = torch.cat(parts)
+                every = processes.gather_rows(own) if processes.size() > 1 else own
+                if len(every) != len(torch.unique(every)):
+                    return False
+        return True
 
     def _count(self) -> dict[str, tuple[float | Tensor, int]]:
         """Return sums of counts over micro-batches and processes, from data alone, and the number of evaluations."""

@@ -74,6 +74,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "teacher_probabilities": ("float [batch, ..., classes]", "softmax of the teacher's logits"),
     "label": ("bool [batch] | float [batch]", "whether an unpaired response is wanted"),
     "reward": ("float [batch]", "what a response earned"),
+    "behaviour_logps": (
+        "float [batch, time] | float [batch]",
+        "log-probability of each token of a sampled answer under the policy that sampled it, 0 outside, or their sum",
+    ),
+    "log_score": (
+        "float [batch]",
+        "log-probability of a response under a target, up to its normaliser; -inf forbids it",
+    ),
     "group": ("int64 [batch]", "which prompt a sampled response answers; responses of one group are compared"),
     **{
         f"{place}{name}": (

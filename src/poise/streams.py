@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from poise import processes
@@ -118,6 +118,21 @@ class Stream:
         if isinstance(self.data, Mapping):
             self.data = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.data.items()}
         return self
+
+    def attach(self, model: nn.Module) -> None:
+        """Tell the stream which model is trained; data that are there already do not depend on it."""
+
+    @property
+    def limit(self) -> int | None:
+        """Optimiser steps that the stream can serve in all, or None where it never ends."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot derive from (seed, name, step): nothing, for data that are there already."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
 
     def iterate(self, step: int) -> Iterator[list[Batch]]:
         """Give the micro-batches of every optimiser step from `step` on, without end."""

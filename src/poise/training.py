@@ -179,7 +179,7 @@ class _Loop:
         main = next(iter(self.streams.values()))
         self.valid = _as_batch(valid, self.device)
         self.readout = readout if readout is not None else self._choose_readout(main)
-        self.steps = self._length(steps, epochs, main.steps_per_epoch)
+        self.steps = self._length(steps, epochs, main.steps_per_epoch, self._limit())
         self.steps_per_epoch = main.steps_per_epoch
         infos = {
             name: DataInfo(s.examples, self._classes(s), self.device)
@@ -216,6 +216,7 @@ class _Loop:
                 else Stream(data, batch_size, transform=transform if place == 0 else None)
             )
             streams[name] = stream.prepare(name, self.seed, self.device, accumulate)
+            stream.attach(self.model)
         known = {*streams, None}
         for stream_name in self.objective.streams:
             if stream_name not in known:
@@ -259,10 +260,22 @@ class _Loop:
             )
         return classes
 
+    def _limit(self) -> int | None:
+        """Return the steps that the streams can serve, where one of them ends."""
+        return min((s.limit for s in self.streams.values() if s.limit is not None), default=None)
+
     @staticmethod
-    def _length(steps: int | None, epochs: float | None, steps_per_epoch: int | None) -> int:
+    def _length(steps: int | None, epochs: float | None, steps_per_epoch: int | None, limit: int | None = None) -> int:
         if steps is not None and epochs is not None:
             raise InputError("Give the length of the run in steps or in epochs, not in both.")
+        if limit is not None:
+            if steps is None and epochs is None:
+                return limit
+            asked = steps if steps is not None else math.ceil((epochs or 0) * (steps_per_epoch or 0))
+            if asked > limit:
+                raise InputError(
+                    f"The run asks for {asked} steps, and a stream's budget ends after {limit}. Shorten the run, or raise the budget."
+                )
         if steps is None:
             if steps_per_epoch is None:
                 raise InputError("The length of an epoch is not known for these data: give steps=...")
@@ -534,6 +547,7 @@ class _Loop:
                 "model": self.model.state_dict(),
                 "objective": self.objective.state_dict(),
                 "solver": self.solver.state_dict(),
+                "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "history": {k: list(v) for k, v in state.history.curves().items()},
                 "window": self.window.state_dict(),
@@ -571,6 +585,8 @@ class _Loop:
         self.model.load_state_dict(saved["model"])
         self.objective.load_state_dict(saved["objective"])
         self.solver.load_state_dict(saved["solver"])
+        for name, stream in self.streams.items():
+            stream.load_state_dict(saved.get("streams", {}).get(name, {}))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
         state = self.state

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-# At once, because the function and its file share a name and the function is what users mean.
+# At once, because function and file share a name and the function is what users mean.
+from poise.insight.alignment_depth import alignment_depth
 from poise.insight.distillation_spectrum import distillation_spectrum
+from poise.insight.mode_seeking import mode_seeking
 from poise.lazy import load
 
 _HOME: dict[str, str] = {
+    "AlignmentDepth": "alignment_depth",
     "AnswerMetrics": "reward_audit",
     "AuditCase": "reward_audit",
+    "CollapseReport": "collapse",
     "CoverageReport": "coverage",
+    "Decoding": "alignment_attacks",
     "DistillationReport": "distillation_spectrum",
     "EpochDynamics": "memorization",
     "EpochRefinement": "self_distillation",
+    "FineTuningAttack": "alignment_attacks",
+    "FrontierPoint": "collapse",
     "HardExamples": "self_distillation",
+    "KeywordJudge": "alignment_attacks",
     "LabelSuspects": "memorization",
     "MemorizationRecorder": "memorization",
     "MemorizationReport": "memorization",
+    "ModeSeeking": "mode_seeking",
     "Monotonicity": "reward_audit",
+    "PreferenceStatistics": "mode_seeking",
+    "Recommendation": "mode_seeking",
     "RefinementRecorder": "self_distillation",
     "RefinementReport": "self_distillation",
     "RescalingGroup": "self_distillation",
@@ -29,25 +40,45 @@ _HOME: dict[str, str] = {
     "StepRow": "distillation_spectrum",
     "WeightStatistics": "weights",
     "answer_metrics": "reward_audit",
+    "attack_success": "alignment_attacks",
     "audit_cases": "reward_audit",
     "audit_reward": "reward_audit",
+    "backdoor": "alignment_attacks",
+    "benign_sft": "alignment_attacks",
     "closed_accuracy": "reward_audit",
+    "collapse_report": "collapse",
     "copy_rate": "reward_audit",
     "decay_pull": "weights",
+    "decoding_sweep": "alignment_attacks",
+    "distinct_n": "collapse",
     "effective_lr_profile": "weights",
+    "explain_target": "collapse",
+    "flow": "mode_seeking",
+    "flow_steps": "mode_seeking",
+    "frontier": "collapse",
     "gradient_coefficients": "memorization",
     "gradient_rescaling": "self_distillation",
     "hard_examples": "self_distillation",
+    "harmful_sft": "alignment_attacks",
+    "identity_shift": "alignment_attacks",
     "memorization_report": "memorization",
     "monotonicity": "reward_audit",
     "past_predictions": "self_distillation",
     "preference_coverage": "coverage",
+    "preference_statistics": "mode_seeking",
+    "prefilling_probe": "alignment_attacks",
+    "prefix_probe": "alignment_attacks",
+    "recommend": "mode_seeking",
+    "self_bleu": "collapse",
     "suspect_labels": "memorization",
+    "tilted": "mode_seeking",
+    "token_gradient_norms": "alignment_depth",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
-__all__ = ["distillation_spectrum", *sorted(_HOME)]
+__all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

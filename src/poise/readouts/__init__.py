@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from poise.readouts.language import AdapterOff, Language, reference_for
+from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
 from poise.readouts.other_loops import batch_quantities, pairs_in_halves, read_in_forward
 from poise.readouts.supervised import Classification, Readout, Regression, readout_for
 
 __all__ = [
     "AdapterOff",
+    "Choices",
     "Classification",
     "Language",
+    "OnPolicy",
     "Readout",
     "Regression",
+    "SampleTokens",
     "batch_quantities",
+    "collect",
+    "pairs_from_rewards",
     "pairs_in_halves",
     "read_in_forward",
     "readout_for",

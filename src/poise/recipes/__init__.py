@@ -6,20 +6,23 @@ from typing import Any
 
 from poise.lazy import load
 
-# At once, because the function and its file share a name and the function is what users mean.
+# At once, because function and file share a name and the function is what users mean.
 from poise.recipes.distillation_chain import distillation_chain
+from poise.recipes.preference_loop import preference_loop
 
 _HOME: dict[str, str] = {
     "Chain": "distillation_chain",
     "CoTrained": "elr_plus",
     "ELRPlus": "elr_plus",
     "Grid": "distillation_chain",
+    "PreferenceLoop": "preference_loop",
     "Student": "distillation_chain",
     "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
+    "pairs_from_rewards": "preference_loop",
 }
 
-__all__ = ["distillation_chain", *sorted(_HOME)]
+__all__ = ["distillation_chain", "preference_loop", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Constraint(nn.Module):
     Buffers: `multiplier` and `violation` (the last one measured, signed; positive is infeasible), float64, 0-dim.
     """
 
+    formula: ClassVar[str] = "constraint"
     multiplier: Tensor
     violation: Tensor
 
@@ -76,11 +77,25 @@ class Constraint(nn.Module):
         return self
 
 
+class Multiplier(Protocol):
+    """What moves a weight by the value that its terms had: a `Constraint`, or a controller."""
+
+    formula: ClassVar[str]
+    multiplier: Tensor
+
+    @property
+    def sign(self) -> float: ...
+
+    def advance(self, measured: Tensor | float) -> None: ...
+
+    def arguments(self) -> str: ...
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class DualWeight(Coefficient):
-    """The weight of one term within a constraint: `multiplier * inner`."""
+    """The weight of one term under a multiplier: `multiplier * inner`."""
 
-    module: Constraint
+    module: Multiplier
     inner: Number | Coefficient = 1
 
     def value(self, clock: Clock) -> Tensor:
