@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from poise.frozen import FrozenModel
 from poise.objective import Objective
 from poise.problem import ModelView
 from poise.quantities import Quantities
@@ -37,7 +38,7 @@ def batch_quantities(
         model: a causal language model of transformers, or a peft model around one.
         batch: `<side>_ids`, `<side>_mask` and `<side>_attention` `[batch, time]` of chosen and rejected answers or of responses,
             and other columns that terms read.
-        reference: the frozen model: `reference_for(model)`, made before the first step.
+        reference: the frozen model: `reference_for(model)`, made before the first step; it is moved to where the model is.
 
     Returns:
         The batch together with the quantities, by name: what `objective(...)` and `objective.evaluate(...)` take.
@@ -48,7 +49,7 @@ def batch_quantities(
         >>> loss = objective(batch_quantities(model, batch, objective, reference_for(model)))  # doctest: +SKIP
     """
     reads = objective.plan(None) | objective.plan("main")
-    readout = Language(reference)
+    readout = Language(_beside(reference, model))
     found = readout(ModelView(model), Quantities(readout.also_named(batch)), reads)
     # In full and at once: a loop may pass the result through wrappers that look at every value.
     return {name: found[name] for name in dict.fromkeys([*batch, *sorted(reads)]) if name in found}
@@ -79,6 +80,15 @@ def read_in_forward(model: nn.Module, objective: Objective, reference: Reference
 
     model.forward = MethodType(forward, model)
     return model
+
+
+def _beside(reference: Reference | None, model: nn.Module) -> Reference | None:
+    """Move a frozen copy to the model's device: loops move the model after the copy was made."""
+    if isinstance(reference, FrozenModel):
+        device = next(model.parameters()).device
+        if next(reference.module.parameters()).device != device:
+            reference.to(device)
+    return reference
 
 
 def pairs_in_halves(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
