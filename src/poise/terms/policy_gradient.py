@@ -35,12 +35,13 @@ from torch import Tensor
 
 from poise.errors import InputError, QuantityError
 from poise.objective import Objective, Summand, Term, Value
+from poise.terms.groups import Groups
+from poise.terms.sequences import sequence_sum
 
 __all__ = [
     "GRPO",
     "RLOO",
     "BestOfN",
-    "Groups",
     "PPOClip",
     "Reinforce",
     "RewardWeighted",
@@ -59,58 +60,6 @@ _NEEDS_GROUP = ("leave_one_out", "group", "whitened_group")
 
 
 # ---- what the terms share -------------------------------------------------------------------------------------------
-
-
-class Groups:
-    """Statistics within groups of rows, without a loop over groups and without waiting for an accelerator.
-
-    Args:
-        group: int64 [batch], any numbers; rows of one number are one group, wherever they stand.
-
-    >>> Groups(torch.tensor([7, 2, 7])).mean(torch.tensor([1.0, 5.0, 3.0]))
-    tensor([2., 5., 2.])
-    """
-
-    def __init__(self, group: Tensor) -> None:
-        order = group.argsort(stable=True)
-        new = torch.zeros_like(group)
-        new[1:] = group[order].diff() != 0
-        self.number = torch.empty_like(group).scatter_(0, order, new.cumsum(0))
-        """int64 [batch]: groups numbered from 0 in the order of their numbers."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return each row's sum over its group, [batch]."""
-        return x.new_zeros(len(x)).index_add(0, self.number, x)[self.number]
-
-    def size(self, like: Tensor) -> Tensor:
-        """Return how many rows each row's group has, [batch], in the dtype of `like`."""
-        return self.sum(torch.ones_like(like))
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Return each row's mean over its group, [batch]."""
-        return self.sum(x) / self.size(x)
-
-    def std(self, x: Tensor, correction: int = 1) -> Tensor:
-        """Return each row's standard deviation over its group, [batch]; 0 in a group of `correction` rows or fewer."""
-        freedom = self.size(x) - correction
-        return (self.sum((x - self.mean(x)).square()) / freedom.clamp(min=1)).sqrt()
-
-    def extreme(self, x: Tensor, reduce: Literal["amax", "amin"]) -> Tensor:
-        """Return each row's largest or smallest value over its group, [batch]."""
-        return torch.empty_like(x).scatter_reduce(0, self.number, x, reduce, include_self=False)[self.number]
-
-    def best(self, x: Tensor) -> Tensor:
-        """Mark one row of each group, the first of the largest, bool [batch]."""
-        rows = torch.arange(len(x), device=x.device)
-        candidates = torch.where(x == self.extreme(x, "amax"), rows, len(x))
-        return rows == self.extreme(candidates, "amin")
-
-
-def sequence_logps(logps: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum log-probabilities over each answer: [batch, time] or [batch] -> [batch]."""
-    if logps.ndim == 1:
-        return logps
-    return (logps if mask is None else torch.where(mask, logps, 0.0)).sum(-1)
 
 
 def advantages(
@@ -257,12 +206,12 @@ class BestOfN(_Rewarded):
         response_mask: Tensor | None = None,
         reference_response_logps: Tensor | None = None,
     ) -> Value:
-        logp = sequence_logps(response_logps, response_mask)
+        logp = sequence_sum(response_logps, response_mask)
         if self.constrained:
             reference = self._require(
                 reference_response_logps, "reference_response_logps", "constrained=True needs it."
             )
-            logp = logp - sequence_logps(reference.detach(), response_mask)
+            logp = logp - sequence_sum(reference.detach(), response_mask)
         groups = Groups(group)
         best = groups.best(reward)
         values = -logp
@@ -351,7 +300,7 @@ class RewardWeighted(_Rewarded):
         weight = self._weight(reward.detach() / self.temperature, group)
         if self.max_weight is not None:
             weight = weight.clamp(max=self.max_weight)
-        return Value(-sequence_logps(response_logps, response_mask) * weight, extras={"weight": weight})
+        return Value(-sequence_sum(response_logps, response_mask) * weight, extras={"weight": weight})
 
     def _weight(self, power: Tensor, group: Tensor | None) -> Tensor:
         if self.normalise is None:
@@ -452,7 +401,7 @@ class Reinforce(_Rewarded):
         advantage = self._advantage(reward, group)
         if not self.negative:
             advantage = advantage - advantage.min()
-        surrogate = -advantage * sequence_logps(response_logps, response_mask)
+        surrogate = -advantage * sequence_sum(response_logps, response_mask)
         return Value(-reward.to(surrogate.dtype), surrogate, extras={"advantage": advantage})
 
     def _advantage(self, reward: Tensor, group: Tensor | None) -> Tensor:
