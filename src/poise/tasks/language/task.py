@@ -190,6 +190,7 @@ class LanguageTask:
                 activations twice instead of keeping them.
         """
         lora: int | None = options.get("lora")
+        split.forget()
         folder = self.folder(model)
         loaded = self.load(folder, gradient_checkpointing=bool(options.get("gradient_checkpointing")))
         policy = loaded.model.to(choose_device(device))
@@ -290,6 +291,10 @@ class LanguageSplit:
             self._latest = (run, part, self._score(run, part))
         return self._latest[2]
 
+    def forget(self) -> None:
+        """Let go of the model that was measured last."""
+        self._latest = None
+
     def _score(self, run: Run, part: str) -> tuple[Pages, Pages]:
         device = _device(run.model)
         data = self._tokens[part]
@@ -341,6 +346,7 @@ class LanguageSplit:
             }
             for row, text in samples
         ]
+        self.forget()
         return found
 
 
