@@ -95,13 +95,13 @@ def test_the_meters_of_diversity_have_their_extremes() -> None:
 @pytest.mark.parametrize(
     ("formula", "regularised", "beta", "target"),
     [
-        ("expected_reward + 0.1*reference_kl", True, 0.1, "exp(r(x)/0.1)"),
-        ("2*expected_reward + 0.1*reference_kl", True, 0.05, "exp(r(x)/0.05)"),
+        ("expected_reward + 0.1*sequence_kl", True, 0.1, "exp(r(x)/0.1)"),
+        ("2*expected_reward + 0.1*sequence_kl", True, 0.05, "exp(r(x)/0.05)"),
         ("reverse_kl(beta=0.3)", True, 0.3, "exp(r(x)/0.3)"),
         ("expected_reward + reverse_kl(beta=0.5)", True, 1 / 3, "exp(r(x)/0.333333)"),
         ("expected_reward", True, 0.0, "point mass"),
-        ("expected_reward + adaptive_kl(reference_kl, initial=0.4)", True, 0.4, "exp(r(x)/0.4)"),
-        ("reference_kl", False, None, "the prior"),
+        ("expected_reward + adaptive_kl(sequence_kl, initial=0.4)", True, 0.4, "exp(r(x)/0.4)"),
+        ("sequence_kl", False, None, "the prior"),
         ("forward_kl(beta=0.2)", False, 0.2, "exp(r(x)/0.2)"),
         ("forward_kl(beta=0.2) + jensen_shannon(beta=0.4)", False, None, "different beta"),
         ("expected_reward + length_normalized_kl", False, None, "no closed form"),
@@ -120,11 +120,12 @@ def test_what_is_wrong_with_an_objective_is_warned_of() -> None:
         return " ".join(explain_target(formula, quantities).warnings)
 
     assert "collapses" in warned("expected_reward")
-    assert "collapses" in warned("expected_reward + 0*reference_kl")
+    assert "collapses" in warned("expected_reward + 0*sequence_kl")
     assert "length" in warned("expected_reward + length_normalized_kl")
-    assert "expectation 0" in warned("expected_reward + reference_kl(gradient='own')")
-    assert "other direction" in warned("expected_reward + reference_kl(estimator='k3', gradient='own')")
+    assert "each token" in warned("expected_reward + token_kl(on='response')")
+    assert "expectation 0" in warned("expected_reward + sequence_kl(gradient='own')")
+    assert "other direction" in warned("expected_reward + sequence_kl(estimator='k3', gradient='own')")
     assert "not reinforcement learning" in warned("forward_kl")
     assert "depends on theta" in warned("reverse_kl", reward=torch.ones(2, requires_grad=True))
     assert not warned("reverse_kl", reward=torch.ones(2))
-    assert not warned("expected_reward + reference_kl(estimator='k2', gradient='own')")
+    assert not warned("expected_reward + sequence_kl(estimator='k2', gradient='own')")

@@ -15,9 +15,10 @@ import poise
 from poise.errors import IncompatibleError, InputError, QuantityError
 from poise.objective import Objective, Summand, Term
 from poise.tasks.finite_space import FiniteSpace
+from poise.tasks.words import WordModel, WordReadout, sample, word_length
 from poise.terms.divergence import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 from poise.terms.proposal import Proposal
-from poise.terms.regularised_reward import ExpectedReward, LengthNormalizedKL, ReferenceKL, k1, k2, k3
+from poise.terms.regularised_reward import ExpectedReward, LengthNormalizedKL, SequenceKL, k1, k2, k3
 
 BETA = 0.5
 SPACE = FiniteSpace([0.5, 0.3, 0.2], [0.0, 1.0, 3.0])
@@ -89,7 +90,7 @@ def test_the_gradient_of_forward_kl_in_the_logits_is_softmax_less_target() -> No
 
 
 @pytest.mark.parametrize(
-    "term", [ReverseKL(BETA), ExpectedReward(), ReferenceKL(), ReferenceKL("k3")], ids=lambda term: str(term)
+    "term", [ReverseKL(BETA), ExpectedReward(), SequenceKL(), SequenceKL("k3")], ids=lambda term: str(term)
 )
 def test_the_leave_one_out_baseline_does_not_bias_the_gradient(term: Term) -> None:
     """The expectation over all 27 batches of three samples is the gradient over all responses."""
@@ -102,10 +103,10 @@ def test_the_leave_one_out_baseline_does_not_bias_the_gradient(term: Term) -> No
     torch.testing.assert_close(total, gradient(whole, SPACE.responses_of(), SPACE, LOGITS[:1]), atol=1e-10, rtol=0)
 
 
-def test_reward_and_reference_kl_with_a_weight_have_the_gradient_of_reverse_kl() -> None:
+def test_reward_and_sequence_kl_with_a_weight_have_the_gradient_of_reverse_kl() -> None:
     rows = torch.tensor([0, 2, 2, 1])
     batch = {k: v[rows] for k, v in SPACE.responses_of().items()}
-    apart = gradient(ExpectedReward() + BETA * ReferenceKL(), batch, SPACE, LOGITS[:1])  # type: ignore[arg-type]
+    apart = gradient(ExpectedReward() + BETA * SequenceKL(), batch, SPACE, LOGITS[:1])  # type: ignore[arg-type]
     torch.testing.assert_close(apart, BETA * gradient(ReverseKL(BETA), batch, SPACE, LOGITS[:1]))
 
 
@@ -173,8 +174,8 @@ def test_the_three_estimators_have_the_values_and_gradients_that_are_said_of_the
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("choice", ["unbiased", "own"])
-def test_reference_kl_has_the_gradient_that_it_names(estimator: str, choice: str) -> None:
-    term = ReferenceKL(estimator, choice, baseline="none")
+def test_sequence_kl_has_the_gradient_that_it_names(estimator: str, choice: str) -> None:
+    term = SequenceKL(estimator, choice, baseline="none")
     batch = SPACE.responses_of(3 * LOGITS[:1].softmax(-1))
     at = LOGITS[:1].clone().requires_grad_()
     log_p, prior = at.log_softmax(-1), SPACE.prior_logps
@@ -188,7 +189,7 @@ def test_reference_kl_has_the_gradient_that_it_names(estimator: str, choice: str
 def test_tokens_are_summed_and_a_division_by_length_has_a_name_of_its_own() -> None:
     policy, prior = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-2.0, -3.0], [-3.0, 0.0]])
     mask = torch.tensor([[True, True], [True, False]])
-    assert ReferenceKL()(policy, prior).values.tolist() == [2.0, 2.0]
+    assert SequenceKL()(policy, prior).values.tolist() == [2.0, 2.0]
     assert LengthNormalizedKL()(policy, prior, mask).values.tolist() == [1.0, 2.0]
 
 
@@ -276,7 +277,7 @@ def test_bad_quantities_are_refused_in_words() -> None:
     with pytest.raises(InputError, match="clip must be positive"):
         ForwardKL(clip=0)
     with pytest.raises(InputError, match="estimator is 'k1', 'k2' or 'k3'"):
-        ReferenceKL("k4")
+        SequenceKL("k4")
     with pytest.raises(InputError, match="policy's own samples"):
         ReverseKL(samples="proposal", gradient="pathwise")
     with pytest.raises(QuantityError, match="several prompts"):
@@ -301,12 +302,38 @@ def test_terms_that_compare_samples_refuse_accumulation_and_those_that_do_not_al
     poise.Problem(SPACE.policy(), single, halves, SPACE.readout(), record=False).gradient()
 
 
+def test_words_of_the_prior_that_were_kept_teach_a_policy_its_target() -> None:
+    """Forward KL on samples of the prior, through `fit` and the readout of the word model."""
+    prior = WordModel(width=8, hidden=16, seed=1)
+    drawn = sample(prior, 512, torch.Generator().manual_seed(0))
+    reward = word_length(drawn.ids)
+    data = {
+        "response_ids": drawn.ids,
+        "response_mask": drawn.mask,
+        "behaviour_logps": drawn.logps,
+        "reward": -reward,
+    }
+    policy = copy.deepcopy(prior)
+    poise.fit(
+        policy,
+        "forward_kl(beta=2.0, samples='proposal')",
+        data,
+        readout=WordReadout(prior),
+        solver="adam",
+        lr=1e-2,
+        steps=40,
+    )
+    after = word_length(sample(policy, 512, torch.Generator().manual_seed(1)).ids).mean()
+    target = (reward * (-reward / 2).softmax(0)).sum()
+    assert float(after) < float(reward.mean()) - 0.5 * float(reward.mean() - target)
+
+
 def test_formulas_name_the_terms_and_come_back() -> None:
     for text in (
         "reverse_kl(beta=0.1)",
         "forward_kl(beta=0.2, samples='proposal', log_z='running', clip=5)",
         "total_variation + jensen_shannon",
-        "expected_reward + 0.1*reference_kl(estimator='k3')",
+        "expected_reward + 0.1*sequence_kl(estimator='k3')",
         "expected_reward + length_normalized_kl",
     ):
         assert str(poise.parse(text)) == text

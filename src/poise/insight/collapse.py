@@ -2,7 +2,7 @@
 
     report = collapse_report(policy, posterior, n=2000, prior=prior)     # E[r], KL both ways, entropy, log Z, ELBO gap, diversity
     frontier(posterior, prior, betas=[0.05, 0.2, 1.0])                   # the best reward for each divergence from the prior
-    explain_target("expected_reward + 0.1*reference_kl")                 # which distribution does this aim at?
+    explain_target("expected_reward + 0.1*sequence_kl")                 # which distribution does this aim at?
 
 J/beta = E[r]/beta - KL(pi || pi0) never exceeds log Z; what is missing is KL(pi || pi*). Source: arXiv:2205.11275.
 """
@@ -344,7 +344,7 @@ def explain_target(objective: Objective | Term | str, quantities: Mapping[str, A
         objective: an objective, a term or a formula. Weights are read as they are now.
         quantities: a batch; then a reward that carries a gradient is noticed.
 
-    >>> print(explain_target("expected_reward + 0.1*reference_kl"))
+    >>> print(explain_target("expected_reward + 0.1*sequence_kl"))
     reward - beta*KL; target: pi0(x) exp(r(x)/0.1) / Z
     """
     if isinstance(objective, str):
@@ -358,7 +358,7 @@ def explain_target(objective: Objective | Term | str, quantities: Mapping[str, A
         weight = float(torch.as_tensor(value_of(summand.weight, objective.clock)).float().mean())
         if term.formula in _REWARDS:
             reward += weight
-        elif term.formula == "reference_kl":
+        elif term.formula == "sequence_kl":
             kl += weight
             warnings += _about_estimator(label, term)
         elif term.formula == "reverse_kl":
@@ -367,11 +367,7 @@ def explain_target(objective: Objective | Term | str, quantities: Mapping[str, A
             targeted.append((label, term.beta))
         else:
             others.append(label)
-            if term.formula == "length_normalized_kl":
-                warnings.append(
-                    f"{label} divides the log-ratio by the length, so the optimum is not pi0 exp(r/beta)/Z and favours long responses; "
-                    "use reference_kl."
-                )
+            warnings += _about_penalty(label, term)
     given = None if quantities is None or "reward" not in quantities else quantities["reward"]
     if isinstance(given, Tensor) and given.requires_grad:
         warnings.append(
@@ -392,13 +388,28 @@ def _about_estimator(label: str, term: Any) -> list[str]:
     return [f"{label} differentiates {term.estimator}, and that gradient {what}; use gradient='unbiased'."]
 
 
+def _about_penalty(label: str, term: Any) -> list[str]:
+    """Penalties that resemble the KL of whole responses and are not: divided by the length, or of each token alone."""
+    if term.formula == "length_normalized_kl":
+        return [
+            f"{label} divides the log-ratio by the length, so the optimum is not pi0 exp(r/beta)/Z and favours long responses; "
+            "use sequence_kl."
+        ]
+    if term.formula in ("reference_kl", "token_kl"):
+        return [
+            f"{label} holds each token of the given samples and does not count what a token does to those after it, so its gradient is not "
+            "that of the KL of whole responses; for the target pi0 exp(r/beta)/Z use sequence_kl."
+        ]
+    return []
+
+
 def _conclude(
     reward: float, kl: float, targeted: list[tuple[str, float]], others: list[str], warnings: list[str]
 ) -> TargetExplanation:
     if not targeted and not others and reward > 0:
         if kl <= 0:
             warnings.append(
-                "beta is 0: plain reward maximisation collapses onto the best response whatever the prior; add beta*reference_kl."
+                "beta is 0: plain reward maximisation collapses onto the best response whatever the prior; add beta*sequence_kl."
             )
             return TargetExplanation(True, 0.0, "a point mass on argmax r", tuple(warnings))
         beta = kl / reward

@@ -1,8 +1,8 @@
 """Reward, and the divergence from the prior that keeps it honest, as two terms with a weight between them.
 
-    expected_reward + 0.1*reference_kl                      E_pi[r] - 0.1 KL(pi || pi0), to be maximised
-    expected_reward + linear(1, 0.1)*reference_kl           the same with a temperature that falls
-    expected_reward + adaptive_kl(reference_kl, target=6)   the same with a temperature that holds the divergence at 6 nats
+    expected_reward + 0.1*sequence_kl                      E_pi[r] - 0.1 KL(pi || pi0), to be maximised
+    expected_reward + linear(1, 0.1)*sequence_kl           the same with a temperature that falls
+    expected_reward + adaptive_kl(sequence_kl, target=6)   the same with a temperature that holds the divergence at 6 nats
 
 With a fixed weight that is `beta * reverse_kl(beta)`; `expected_reward` alone has its optimum in a single point.
 
@@ -23,7 +23,7 @@ from poise.terms.divergence import check_choice, check_discrete, check_reward, l
 from poise.terms.groups import leave_one_out
 from poise.terms.posterior import summed
 
-__all__ = ["ExpectedReward", "LengthNormalizedKL", "ReferenceKL", "k1", "k2", "k3"]
+__all__ = ["ExpectedReward", "LengthNormalizedKL", "SequenceKL", "k1", "k2", "k3"]
 
 _SAMPLES = ("policy", "proposal", "enumeration")
 
@@ -114,10 +114,11 @@ class ExpectedReward(_OfPolicy):
         return self._expectation(-reward.detach(), -reward.detach(), policy, behaviour_logps, group)
 
 
-class ReferenceKL(_OfPolicy):
+class SequenceKL(_OfPolicy):
     """KL(pi || pi0) of whole responses: `E_pi[u], u = sum_t log pi(x_t) - log pi0(x_t)`.
 
-    Tokens are summed and not averaged, so that `expected_reward + beta*reference_kl` has the posterior `pi0 exp(r/beta)/Z`.
+    Tokens are summed and not averaged, and the gradient counts what a token does to those after it, so that
+    `expected_reward + beta*sequence_kl` has the posterior `pi0 exp(r/beta)/Z`. Penalties of each token alone have not.
 
     Reads `response_logps` and `reference_response_logps`, float `[batch, time]` or `[batch]`; `group` if offered; with
     `samples="proposal"` also `behaviour_logps`. Values in nats.
@@ -128,13 +129,13 @@ class ReferenceKL(_OfPolicy):
             estimator: noise for k1, KL(pi || pi0) for k2, KL(pi0 || pi) for k3.
         samples, baseline: see `ExpectedReward`.
 
-    >>> ReferenceKL("k2")(torch.tensor([-1.0]), torch.tensor([-3.0])).values
+    >>> SequenceKL("k2")(torch.tensor([-1.0]), torch.tensor([-3.0])).values
     tensor([2.])
 
     Source: arXiv:2205.11275; the estimators' names are Schulman's (2020).
     """
 
-    formula = "reference_kl"
+    formula = "sequence_kl"
     equation = "E_pi[sum_t log pi(x_t) - log pi0(x_t)] = KL(pi || pi0)"
     source = "arXiv:2205.11275; Schulman (2020)"
 
@@ -165,12 +166,12 @@ class ReferenceKL(_OfPolicy):
         return Value((policy.detach() - proposal).exp() * estimate)
 
 
-class LengthNormalizedKL(ReferenceKL):
+class LengthNormalizedKL(SequenceKL):
     """KL a token: `E_pi[u / length]`. It is no divergence of the two distributions, and its optimum is not `pi0 exp(r/beta)`.
 
-    With it a long response pays less for the same log-ratio, so the target favours length. Use `reference_kl` unless you mean that.
+    With it a long response pays less for the same log-ratio, so the target favours length. Use `sequence_kl` unless you mean that.
 
-    Reads `response_mask` bool `[batch, time]` beside what `ReferenceKL` reads. Values in nats a token. Arguments as `ReferenceKL`.
+    Reads `response_mask` bool `[batch, time]` beside what `SequenceKL` reads. Values in nats a token. Arguments as `SequenceKL`.
     """
 
     formula = "length_normalized_kl"

@@ -25,7 +25,7 @@ class AdaptiveKL(nn.Module):
     """A controlled weight.
 
     Args:
-        target: the divergence to hold, in the units of the term (nats a response for `reference_kl`), positive.
+        target: the divergence to hold, in the units of the term (nats a response for `sequence_kl`), positive.
         initial: the weight at first, positive.
         gain: how fast it reacts, positive.
         clip: largest relative error that counts, in (0, 1/gain), so that the weight stays positive.
@@ -76,7 +76,7 @@ class AdaptiveKL(nn.Module):
 def adaptive_kl(
     controlled: Term | Objective, target: float = 6.0, initial: float = 0.2, gain: float = 0.1, clip: float = 0.2
 ) -> Objective:
-    """Weigh a divergence so that it stays at a target: `expected_reward + adaptive_kl(reference_kl, target=6)`.
+    """Weigh a divergence so that it stays at a target: `expected_reward + adaptive_kl(sequence_kl, target=6)`.
 
     Args:
         controlled: a term or a sum of terms, whose value is held.
