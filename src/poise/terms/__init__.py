@@ -20,6 +20,7 @@ CATALOGUE: dict[str, str] = {
     "bco_pair": "poise.terms.preference.margin_losses:BCOPair",
     "best_of_n": "poise.terms.policy_gradient:BestOfN",
     "bootstrap": "poise.terms.robust:Bootstrap",
+    "bradley_terry": "poise.terms.preference.bradley_terry:BradleyTerryPairs",
     "brier": "poise.terms.probability:Brier",
     "class_wise_self_distillation": "poise.terms.self_distillation:ClassWiseSelfDistillation",
     "compand_barrier": "poise.parts.companding:CompandBarrier",

@@ -12,6 +12,7 @@ _HOME = {
     "APOZero": "margin_losses",
     "AdversarialPolicy": "rpo",
     "BCOPair": "margin_losses",
+    "BradleyTerryPairs": "bradley_terry",
     "CDPO": "dpo",
     "DPO": "dpo",
     "DPOP": "dpo",
