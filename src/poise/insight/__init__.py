@@ -6,6 +6,7 @@ from typing import Any
 
 # At once, because the function and its file share a name and the function is what users mean.
 from poise.insight.distillation_spectrum import distillation_spectrum
+from poise.insight.implicit_reward import implicit_reward
 from poise.insight.mode_seeking import mode_seeking
 from poise.lazy import load
 
@@ -29,6 +30,8 @@ _HOME: dict[str, str] = {
     "ModeSeeking": "mode_seeking",
     "Monotonicity": "reward_audit",
     "PreferenceStatistics": "mode_seeking",
+    "RateResult": "implicit_reward",
+    "RateStudy": "implicit_reward",
     "Recommendation": "mode_seeking",
     "RefinementRecorder": "self_distillation",
     "RefinementReport": "self_distillation",
@@ -37,7 +40,9 @@ _HOME: dict[str, str] = {
     "RewardAudit": "reward_audit",
     "Robustness": "weights",
     "StepRow": "distillation_spectrum",
+    "ValueCorrelation": "implicit_reward",
     "WeightStatistics": "weights",
+    "advantages": "implicit_reward",
     "answer_metrics": "reward_audit",
     "audit_cases": "reward_audit",
     "audit_reward": "reward_audit",
@@ -61,16 +66,21 @@ _HOME: dict[str, str] = {
     "past_predictions": "self_distillation",
     "preference_coverage": "coverage",
     "preference_statistics": "mode_seeking",
+    "q_values": "implicit_reward",
     "recommend": "mode_seeking",
     "self_bleu": "collapse",
+    "sft_learning_rate_study": "implicit_reward",
     "shared_tokens": "likelihood_dynamics",
     "suspect_labels": "memorization",
     "tilted": "mode_seeking",
+    "token_rewards": "implicit_reward",
+    "value": "implicit_reward",
+    "value_correlation": "implicit_reward",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
-__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

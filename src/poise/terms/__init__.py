@@ -33,6 +33,7 @@ CATALOGUE: dict[str, str] = {
     "early_learning": "poise.terms.early_learning:EarlyLearning",
     "exo_pair": "poise.terms.preference.margin_losses:EXOPair",
     "expected_reward": "poise.terms.regularised_reward:ExpectedReward",
+    "f_sft": "poise.terms.preference.bridge:FSFT",
     "flex_dpo": "poise.terms.preference.flex:FlexDPO",
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",

@@ -18,6 +18,7 @@ _HOME = {
     "DPOP": "dpo",
     "DiscoPOP": "margin_losses",
     "EXOPair": "margin_losses",
+    "FSFT": "bridge",
     "FinitePreferences": "rpo",
     "FlexDPO": "flex",
     "IPO": "margin_losses",
