@@ -21,6 +21,9 @@ _HOME = {
     "Mixing": "mixing",
     "MixingWeight": "mixing",
     "optimal_mixing": "mixing",
+    "label_of_strength": "consistency",
+    "rank_consistency": "consistency",
+    "rank_correlation": "consistency",
 }
 __all__ = sorted(_HOME)
 
