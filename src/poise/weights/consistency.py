@@ -77,8 +77,8 @@ def rank_correlation(
         raise InputError(f"rank_consistency: ties is 'a' or 'b', and it is {ties!r}.")
     a, b, present = _checked(scores_a, scores_b, mask)
     rows = max(1, _AT_A_TIME // a.shape[1] ** 2)
-    parts = zip(a.split(rows), b.split(rows), present.split(rows), strict=True)
-    found = [_kendall(*part, ties) if method == "kendall" else _spearman(*part) for part in parts]
+    parts = zip(torch.split(a, rows), torch.split(b, rows), torch.split(present, rows), strict=True)
+    found = [_kendall(x, y, p, ties) if method == "kendall" else _spearman(x, y, p) for x, y, p in parts]
     return torch.cat(found).to(_dtype(scores_a))
 
 
