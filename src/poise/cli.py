@@ -558,9 +558,7 @@ def _save(
     from poise.tasks.language.task import LanguageSplit
 
     if isinstance(split, LanguageSplit):
-        from poise.tasks.language.models import save_language_model
-
-        save_language_model(run.model, split.tokenizer, save)
+        split.save(run, save)
         return [f"Load:    transformers.AutoModelForCausalLM.from_pretrained({str(save)!r})"]
     assert isinstance(task, Task)
     assert isinstance(split, Split)

@@ -66,12 +66,12 @@ def fit(
     deterministic: bool = False,
     metrics: Metrics | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-    validate_every: int | None = None,
+    validate_every: float | None = None,
     monitor: str | None = None,
     patience: int | None = None,
     restore_best: bool = False,
     on_nonfinite: str = "stop",
-    log_every: int | None = None,
+    log_every: float | None = None,
     callbacks: Sequence[Any] = (),
     progress: bool | Callable[[FitState], None] = False,
     trackers: Sequence[str] = (),
@@ -104,13 +104,14 @@ def fit(
         deterministic: ask PyTorch for deterministic kernels only.
         metrics: `metrics(output, target)` on the whole of `valid`; by default accuracy and negative log-likelihood, or RMSE and MAE.
         evaluate: `evaluate(model)` in place of `valid` and `metrics`, for models that are not measured output by output.
-        validate_every: in steps; one epoch by default.
+        validate_every: in steps, or below 1 a share of the run; one epoch by default.
         monitor: metric that early stopping and the best model go by; "accuracy" or "rmse" by default. Falling is better for names that
             contain loss, nll, rmse, mae, error, ece and the like (`poise.metrics.FALLING`).
         patience: stop after so many validations without a better `monitor`.
         restore_best: return the model of the best validation.
         on_nonfinite: "stop" raises at once; "skip" leaves the step out and counts it.
-        log_every: steps between points of the training curves; an epoch or 50 steps by default, whichever is less.
+        log_every: steps between points of the training curves, or below 1 a share of the run; an epoch or 50 steps by default,
+            whichever is less.
         callbacks: objects with any of `on_begin(state)`, `on_step_end(state)`, `on_epoch_end(state)`, `on_end(state)`.
         progress: True draws a bar with the time left; a function is called at every log point.
         trackers: names of Accelerate's trackers ("tensorboard", "mlflow", "wandb"); `tracker_folder` is where they write.
@@ -458,7 +459,11 @@ class _Loop:
 
     def _every(self) -> int:
         given = self.options["log_every"]
-        return int(given) if given else max(1, min(50, self.steps_per_epoch or 50))
+        return self._interval(given) if given else max(1, min(50, self.steps_per_epoch or 50))
+
+    def _interval(self, given: float) -> int:
+        """Return a number of steps that was given as such, or as a share of the run."""
+        return max(1, round(given * self.steps)) if given < 1 else int(given)
 
     def _log(self) -> None:
         state = self.state
@@ -477,7 +482,8 @@ class _Loop:
     def _validate_if_due(self) -> None:
         if self.valid is None and self.options["evaluate"] is None:
             return
-        every = self.options["validate_every"] or self.steps_per_epoch or 50
+        given = self.options["validate_every"]
+        every = self._interval(given) if given else self.steps_per_epoch or 50
         if self.state.step % every and self.state.step != self.steps:
             return
         state = self.state

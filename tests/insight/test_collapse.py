@@ -101,6 +101,13 @@ def test_the_meters_of_diversity_have_their_extremes() -> None:
         ("expected_reward + reverse_kl(beta=0.5)", True, 1 / 3, "exp(r(x)/0.333333)"),
         ("expected_reward", True, 0.0, "point mass"),
         ("expected_reward + adaptive_kl(reference_kl, initial=0.4)", True, 0.4, "exp(r(x)/0.4)"),
+        (
+            "rloo(reward=score - 0.05*sampled_kl(estimator='k1', aggregate='sequence_sum'))",
+            True,
+            0.05,
+            "exp(r(x)/0.05)",
+        ),
+        ("grpo + 0.04*reference_kl", False, None, "no closed form: grpo"),
         ("reference_kl", False, None, "the prior"),
         ("forward_kl(beta=0.2)", False, 0.2, "exp(r(x)/0.2)"),
         ("forward_kl(beta=0.2) + jensen_shannon(beta=0.4)", False, None, "different beta"),
@@ -122,6 +129,9 @@ def test_what_is_wrong_with_an_objective_is_warned_of() -> None:
     assert "collapses" in warned("expected_reward")
     assert "collapses" in warned("expected_reward + 0*reference_kl")
     assert "length" in warned("expected_reward + length_normalized_kl")
+    assert "beta of its own" in warned("grpo")
+    assert "without bias" in warned("rloo(reward=score - 0.05*sampled_kl(estimator='k3'))")
+    assert "each token" in warned("expected_reward + token_kl(on='response')")
     assert "expectation 0" in warned("expected_reward + reference_kl(gradient='own')")
     assert "other direction" in warned("expected_reward + reference_kl(estimator='k3', gradient='own')")
     assert "not reinforcement learning" in warned("forward_kl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import poise
-from poise.errors import InputError, NonFiniteError, QuantityError, StateError
+from poise.errors import CheckpointError, InputError, NonFiniteError, QuantityError, StateError
 from poise.readouts.on_policy import Choices, OnPolicy, collect, pairs_from_rewards
 from poise.streams import Stream
 from poise.tasks.bandit_arms import BanditArms, TabularAgent, draw_arms
@@ -211,13 +211,15 @@ def test_a_round_without_a_pair_teaches_nothing_and_is_counted() -> None:
 
 
 def test_dpo_on_fresh_pairs_learns_the_bandit() -> None:
-    on = OnPolicy({"input": torch.arange(4).repeat_interleave(8)}, draw_arms, BANDIT.score, samples=4, pairs=0.0)
+    on = OnPolicy({"input": torch.arange(4).repeat_interleave(8)}, draw_arms, BANDIT.score, samples=4, pairs=0.01)
     model = agent()
     poise.fit(
-        model, "dpo(beta=0.1)", {"main": on}, readout=Choices(poise.FrozenModel(agent())), solver="sgd", lr=200.0, steps=150,
+        model, "dpo(beta=0.1)", {"main": on}, readout=Choices(poise.FrozenModel(agent())), solver="sgd", lr=4.0, steps=250,
         device="cpu",
     )  # fmt: skip
-    assert sum(r.reward for r in BANDIT.report(model, 4)) / 4 > 0.5  # from 0.04
+    assert (
+        sum(r.reward for r in BANDIT.report(model, 4)) / 4 > 0.5
+    )  # from 0.04; pairs closer than 0.01 would settle it on an arm at the edge
 
 
 # ---- budget ---------------------------------------------------------------------------------------------------------
@@ -270,6 +272,14 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path: Path, stop: int) ->
         whole_stream.queries,
         whole_stream.gradient_steps,
     )
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = {"steps": 4, "checkpoint": tmp_path, "checkpoint_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(OnPolicy(4, draw_arms, BANDIT.score, samples=3), callbacks=[StopAt(2)], **settings)
+    with pytest.raises(CheckpointError, match="'reuse': 2"):
+        train(OnPolicy(4, draw_arms, BANDIT.score, samples=3, reuse=2), **settings)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -367,3 +377,35 @@ def test_tokens_are_sampled_from_the_model_that_scores_them() -> None:
     torch.testing.assert_close(out["behaviour_logps"][row, 2:length], alone[1:], rtol=1e-4, atol=1e-5)
     ends = out["response_ids"] == 1
     assert int((ends & out["response_mask"]).sum(1).max()) <= 1
+
+
+def test_a_language_model_learns_from_its_own_samples() -> None:
+    """A reward for one token: the model's share of it rises, through the language readout, with reuse and the hold on the reference."""
+    transformers = pytest.importorskip("transformers")
+    from poise.readouts.language import Language
+    from poise.readouts.on_policy import SampleTokens
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=6, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    prompts = {"prompt_ids": torch.tensor([[2, 3], [5, 0]]), "prompt_mask": torch.tensor([[1, 1], [1, 0]])}
+
+    def score(batch):
+        inside = batch["response_mask"]
+        return ((batch["response_ids"] == 4) & inside).sum(1) / inside.sum(1)
+
+    stream = OnPolicy(prompts, SampleTokens(max_new_tokens=4, eos=1, pad=0), score, samples=16, reuse=2)
+    earned = []
+
+    class Watch:
+        def on_step_end(self, state) -> None:
+            earned.append(float(stream.held["reward"].mean()))
+
+    poise.fit(
+        model, "grpo + 0.01*sampled_kl", {"main": stream}, readout=Language(poise.FrozenModel(model)), solver="adamw", lr=1e-2,
+        steps=40, device="cpu", callbacks=[Watch()],
+    )  # fmt: skip
+    assert sum(earned[-4:]) / 4 > sum(earned[:4]) / 4 + 0.3

@@ -6,12 +6,9 @@ import importlib.util
 
 import pytest
 import torch
-from torch.distributions import Categorical, kl_divergence
 
 import poise
 from poise.errors import InputError, MissingDependencyError
-from poise.problem import ModelView
-from poise.quantities import Quantities
 from poise.tasks import words
 from poise.tasks.words import (
     END,
@@ -39,12 +36,6 @@ MODEL = WordModel(width=8, hidden=16, seed=1).double()
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def record(side: str = "response", policy: WordModel | None = None) -> Quantities:
-    drawn = sample(MODEL, 6, generator())
-    batch = Quantities({f"{side}_ids": drawn.ids, f"{side}_mask": drawn.mask})
-    return WordReadout(MODEL)(ModelView(policy or WordModel(width=8, hidden=16, seed=2).double()), batch, frozenset())
 
 
 def test_words_survive_encoding() -> None:
@@ -103,42 +94,6 @@ def test_a_prompt_is_kept_and_does_not_count_as_answer() -> None:
         sample(MODEL, 4, generator(), prompts=prompts)
     with pytest.raises(InputError, match="temperature must be positive"):
         sample(MODEL, 4, generator(), temperature=0)
-
-
-def test_the_readout_offers_the_token_record_of_each_side() -> None:
-    for side in ("response", "chosen", "rejected"):
-        q = record(side)
-        mask, logits, reference = q[f"{side}_mask"], q[f"{side}_logits"], MODEL(q[f"{side}_ids"])
-        p, r = Categorical(logits=logits), Categorical(logits=reference)
-        expected = {
-            "logps": token_logps(lambda _, logits=logits: logits, q[f"{side}_ids"], mask),
-            "entropy": p.entropy() * mask,
-            "logsumexp": logits.logsumexp(-1) * mask,
-            "kl": kl_divergence(r, p) * mask,
-            "reverse_kl": kl_divergence(p, r) * mask,
-        }
-        for name, value in expected.items():
-            torch.testing.assert_close(q[f"{side}_{name}"], value)
-        torch.testing.assert_close(q[f"reference_{side}_entropy"], r.entropy() * mask)
-        torch.testing.assert_close(
-            q[f"reference_{side}_logps"], token_logps(MODEL, q[f"{side}_ids"], mask).detach(), check_device=False
-        )
-        assert q[f"{side}_states"].shape == (2, *mask.shape, 16)
-        assert bool((q[f"{side}_positions"][:, 0] == 0).all())
-        assert q[f"{side}_logps"].requires_grad
-        assert not q[f"reference_{side}_logps"].requires_grad
-
-
-def test_on_pairs_response_is_another_name_for_chosen() -> None:
-    q = record("chosen")
-    assert q["response_logps"] is q["chosen_logps"]
-    assert q["reference_response_logps"] is q["reference_chosen_logps"]
-    assert q["response_ids"] is q["chosen_ids"]
-
-
-def test_the_readout_says_what_it_misses() -> None:
-    with pytest.raises(InputError, match="TokenReadout reads 'response_ids'"):
-        WordReadout()(ModelView(MODEL), Quantities({"input": torch.ones(1)}), frozenset())
 
 
 def test_the_better_word_is_chosen_and_noise_flips_the_asked_share() -> None:

@@ -14,9 +14,10 @@ from torch.distributions import Categorical, Normal, kl_divergence
 import poise
 from poise.errors import IncompatibleError, InputError, QuantityError
 from poise.objective import Objective, Summand, Term
+from poise.readouts.on_policy import OnPolicy
 from poise.tasks.finite_space import FiniteSpace
+from poise.tasks.words import WordModel, WordReadout, answer, sample, word_length
 from poise.terms.divergence import ForwardKL, JensenShannon, ReverseKL, TotalVariation
-from poise.terms.proposal import Proposal
 from poise.terms.regularised_reward import ExpectedReward, LengthNormalizedKL, ReferenceKL, k1, k2, k3
 
 BETA = 0.5
@@ -301,6 +302,48 @@ def test_terms_that_compare_samples_refuse_accumulation_and_those_that_do_not_al
     poise.Problem(SPACE.policy(), single, halves, SPACE.readout(), record=False).gradient()
 
 
+def test_words_of_the_prior_that_were_kept_teach_a_policy_its_target() -> None:
+    """Forward KL on samples of the prior, through `fit` and the readout of the word model."""
+    prior = WordModel(width=8, hidden=16, seed=1)
+    drawn = sample(prior, 512, torch.Generator().manual_seed(0))
+    reward = word_length(drawn.ids)
+    data = {
+        "response_ids": drawn.ids,
+        "response_mask": drawn.mask,
+        "behaviour_logps": drawn.logps,
+        "reward": -reward,
+    }
+    policy = copy.deepcopy(prior)
+    poise.fit(
+        policy,
+        "forward_kl(beta=2.0, samples='proposal')",
+        data,
+        readout=WordReadout(prior),
+        solver="adam",
+        lr=1e-2,
+        steps=40,
+    )
+    after = word_length(sample(policy, 512, torch.Generator().manual_seed(1)).ids).mean()
+    target = (reward * (-reward / 2).softmax(0)).sum()
+    assert float(after) < float(reward.mean()) - 0.5 * float(reward.mean() - target)
+
+
+@pytest.mark.parametrize(
+    "formula", ["reverse_kl(beta=0.5)", "expected_reward + 0.5*reference_kl", "forward_kl(beta=2)"]
+)
+def test_a_policy_that_writes_its_own_words_approaches_the_target(formula: str) -> None:
+    prior = WordModel(width=8, hidden=16, seed=1)
+    policy = copy.deepcopy(prior)
+    stream = OnPolicy(1, answer, lambda batch: -word_length(batch["response_ids"]), samples=64)
+    run = poise.fit(
+        policy, formula, {"main": stream}, readout=WordReadout(prior), solver="adam", lr=2e-2, steps=15, log_every=1
+    )
+    before, after = (
+        word_length(sample(m, 256, torch.Generator().manual_seed(1)).ids).mean() for m in (prior, run.model)
+    )
+    assert float(after) < float(before) - 1
+
+
 def test_formulas_name_the_terms_and_come_back() -> None:
     for text in (
         "reverse_kl(beta=0.1)",
@@ -310,27 +353,3 @@ def test_formulas_name_the_terms_and_come_back() -> None:
         "expected_reward + length_normalized_kl",
     ):
         assert str(poise.parse(text)) == text
-
-
-def test_the_proposal_is_replaced_only_by_a_policy_that_is_nearer_the_target() -> None:
-    star, uniform = SPACE.posterior(BETA)[0], torch.full((3,), 1 / 3, dtype=torch.float64).log()
-    rows = torch.arange(3)  # each once: with the uniform proposal every estimate is exact
-    score = SPACE.prior_logps[0] + SPACE.reward[0] / BETA
-    for criterion in ("kl", "tv"):
-        proposal = Proposal(SPACE.policy(uniform), interval=5, criterion=criterion)
-        worse = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64).log()
-        assert not proposal.consider(5, SPACE.policy(worse), worse[rows], uniform[rows], score).refreshed
-        assert proposal.snapshot == 0
-        found = proposal.consider(10, SPACE.policy(star), star[rows], uniform[rows], score)
-        assert found.refreshed
-        assert found.log_z == pytest.approx(4.423678, abs=1e-6)
-        assert found.policy == pytest.approx(0.0, abs=1e-9)
-        torch.testing.assert_close(proposal.model.module.logps[0].detach(), star)  # type: ignore[union-attr, operator]
-        again = Proposal(SPACE.policy(), interval=5, criterion=criterion)
-        again.load_state_dict(copy.deepcopy(proposal.state_dict()))
-        assert (again.snapshot, again._z) == (proposal.snapshot, proposal._z)
-    assert [step for step in range(12) if proposal.is_due(step)] == [5, 10]
-    with pytest.raises(InputError, match="interval must be"):
-        Proposal(SPACE.policy(), interval=0)
-    with pytest.raises(InputError, match="criterion is"):
-        Proposal(SPACE.policy(), criterion="js")

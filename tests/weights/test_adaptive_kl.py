@@ -26,11 +26,11 @@ def test_the_weight_moves_by_the_clipped_relative_error(measured: float, factor:
 
 def test_the_value_is_held_at_its_target_from_both_sides() -> None:
     """minimise -a + beta a^2/2: a = 1/beta, so the divergence a^2/2 is 2 at beta = 1/2, from above and from below."""
-    for initial in (0.05, 5.0):
+    for initial in (0.3, 0.8):
         parameter = nn.Parameter(torch.tensor([1.0]))
         module_objective = adaptive_kl(SquaredError(), target=2.0, initial=initial)
         module = next(iter(module_objective.coefficients.values()))
-        for _ in range(2000):
+        for _ in range(400):
             # The minimum at the weight of now, in closed form: what a converged inner loop would give.
             with torch.no_grad():
                 parameter.fill_(1.0 / float(module.multiplier))

@@ -9,7 +9,7 @@ the others, and on-policy DPO settles on an arm at the edge.
 
 Reuse: the paper's network on ten states with ten answers each, Adam at the paper's learning rates, 300 steps, T of them on
 each round of samples, T in 1, 5, 15, 50. Rounds that are T times as large, at the same number of rewards, were tried first:
-then every T reaches the peak and there is nothing to compare, so it is few samples that must not be reused often.
+then best-of-n reaches the peak with every T (1.000) and there is nothing to compare: few samples must not be reused often.
 
 The claim fails where on-policy is worse than offline by more than 0.01 anywhere, where on "far" it is not better than offline
 by 0.05 for best-of-n and DPO, where that gap is not larger than on "near", or where T = 50 earns no less than T = 1 (by 0.02)

@@ -127,6 +127,7 @@ def collapse_report(
 
     The normaliser and the divergences of the target are estimated with n samples of the policy and n of the prior, weighed as
     samples of their mixture, so that no weight exceeds twice exp(r/beta) and the estimate sharpens as the policy approaches.
+    The samples are those of one prompt, or of none: each prompt has a normaliser of its own.
 
     Args:
         policy: what was trained.
@@ -312,7 +313,7 @@ def frontier(posterior: Posterior, prior: Sampler, betas: Sequence[float], n: in
 
 # ---- what a formula aims at ---------------------------------------------------------------------------------------------
 
-_REWARDS = ("expected_reward", "reinforce", "rloo", "grpo", "ppo_clip")
+_REWARDS = ("expected_reward", "reinforce", "rloo", "ppo_clip")
 _TARGETED = ("forward_kl", "total_variation", "jensen_shannon")
 
 
@@ -357,7 +358,9 @@ def explain_target(objective: Objective | Term | str, quantities: Mapping[str, A
         term: Any = summand.term
         weight = float(torch.as_tensor(value_of(summand.weight, objective.clock)).float().mean())
         if term.formula in _REWARDS:
-            reward += weight
+            held, said = _within_reward(label, term)
+            reward, kl = reward + weight, kl + weight * held
+            warnings += said
         elif term.formula == "reference_kl":
             kl += weight
             warnings += _about_estimator(label, term)
@@ -367,11 +370,7 @@ def explain_target(objective: Objective | Term | str, quantities: Mapping[str, A
             targeted.append((label, term.beta))
         else:
             others.append(label)
-            if term.formula == "length_normalized_kl":
-                warnings.append(
-                    f"{label} divides the log-ratio by the length, so the optimum is not pi0 exp(r/beta)/Z and favours long responses; "
-                    "use reference_kl."
-                )
+            warnings += _about_penalty(label, term)
     given = None if quantities is None or "reward" not in quantities else quantities["reward"]
     if isinstance(given, Tensor) and given.requires_grad:
         warnings.append(
@@ -390,6 +389,41 @@ def _about_estimator(label: str, term: Any) -> list[str]:
         else "is that of KL(pi0 || pi), the other direction"
     )
     return [f"{label} differentiates {term.estimator}, and that gradient {what}; use gradient='unbiased'."]
+
+
+def _within_reward(label: str, term: Any) -> tuple[float, list[str]]:
+    """Return beta of a KL that stands within the reward, `rloo(reward=score - 0.05*sampled_kl(...))`, and what is wrong with it."""
+    inside = getattr(term, "reward", None)
+    if not isinstance(inside, Objective):
+        return 0.0, []
+    held, said = 0.0, list[str]()
+    for name, summand in zip(inside.labels, inside.summands, strict=True):
+        part: Any = summand.term
+        if part.formula == "sampled_kl":
+            held -= float(torch.as_tensor(value_of(summand.weight, inside.clock)).float().mean())
+            if (part.estimator, part.aggregate) != ("k1", "sequence_sum"):
+                said.append(
+                    f"{name} within the reward of {label} is {part.estimator} by {part.aggregate}; only k1 by 'sequence_sum' gives the KL "
+                    "of whole responses without bias."
+                )
+    return held, said
+
+
+def _about_penalty(label: str, term: Any) -> list[str]:
+    """Penalties that resemble the KL of whole responses and are not: divided by the length, or of each token alone."""
+    if term.formula == "length_normalized_kl":
+        return [
+            f"{label} divides the log-ratio by the length, so the optimum is not pi0 exp(r/beta)/Z and favours long responses; "
+            "use reference_kl."
+        ]
+    if term.formula == "grpo":
+        return [f"{label} divides by the deviation of each prompt's rewards, so every prompt has a beta of its own."]
+    if term.formula in ("sampled_kl", "token_kl"):
+        return [
+            f"{label} holds each token of the given samples and does not count what a token does to those after it, so its gradient is not "
+            "that of the KL of whole responses; for the target pi0 exp(r/beta)/Z use reference_kl."
+        ]
+    return []
 
 
 def _conclude(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FALLING = ("loss", "nll", "rmse", "mae", "mse", "error", "ece", "brier", "aurc")
+FALLING = ("loss", "nll", "rmse", "mae", "mse", "error", "ece", "brier", "aurc", "kl", "bias")
 """Words in the names of metrics of which less is better."""
 
 

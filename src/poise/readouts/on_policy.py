@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from poise import processes
-from poise.errors import IncompatibleError, InputError, NonFiniteError, StateError
+from poise.errors import CheckpointError, IncompatibleError, InputError, NonFiniteError, StateError
 from poise.problem import ModelView
 from poise.quantities import Quantities, derive, random_numbers
 from poise.streams import Batch, Stream
@@ -308,6 +308,7 @@ class OnPolicy(Stream):
     def state_dict(self) -> dict[str, Any]:
         """Return the round in progress and the counters."""
         return {
+            "settings": self._settings(),
             "round": self._round,
             "held": self.held,
             "queries": self.queries,
@@ -315,10 +316,23 @@ class OnPolicy(Stream):
             "tied": self.tied,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """Return what decides which samples a step sees."""
+        return {"samples": self.samples, "reuse": self.reuse, "on_policy": self.on_policy, "pairs": self.pairs}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Raises:
+            CheckpointError: they are of a stream with other settings.
+        """
         if not state:
             return
+        if state["settings"] != self._settings():
+            raise CheckpointError(
+                f"The checkpoint is of a stream with {state['settings']}, and this one has {self._settings()}. Use another folder, or "
+                "resume=False to start afresh."
+            )
         self.held, self._round = state["held"], state["round"]
         self.tied = 0
         self._batch = {} if self.held is None else self._arranged(self.held)
@@ -585,7 +599,7 @@ class SampleTokens:
 
     Reads of the prompts: `prompt_ids` and `prompt_mask` [rows, time].
     Returns: `response_ids` int64 [rows, time], prompt and answer, `response_mask`, True on the answer and its end,
-        and `behaviour_logps` float [rows, time].
+        `response_attention`, True on prompt and answer, and `behaviour_logps` float [rows, time].
 
     Example:
         >>> sample = SampleTokens(max_new_tokens=16, eos=2, pad=0)
@@ -615,6 +629,7 @@ class SampleTokens:
         return {
             "response_ids": response,
             "response_mask": is_answer,
+            "response_attention": kept,
             "behaviour_logps": self._logps(model, response, kept, is_answer),
         }
 

@@ -30,7 +30,7 @@ from poise.problem import ModelView
 from poise.quantities import Quantities
 from poise.readouts.on_policy import Generate, OnPolicy, Pairs, Score, collect, pairs_from_rewards
 from poise.readouts.supervised import Readout
-from poise.run import FitState, Run
+from poise.run import FitState, Run, choose_device
 from poise.training import fit
 
 __all__ = ["Pairs", "PreferenceLoop", "pairs_from_rewards", "preference_loop"]
@@ -114,7 +114,10 @@ def preference_loop(
     >>> loop.queries, loop.gradient_steps
     (800, 100)
     """
-    frozen = FrozenModel(policy if reference is None else reference)
+    device = choose_device(options.get("device", "auto"))
+    frozen = FrozenModel(policy if reference is None else reference).to(device)
+    prompts = {"input": torch.arange(prompts)} if isinstance(prompts, int) else prompts
+    prompts = {name: column.to(device) for name, column in prompts.items()}
     objective = _objective(loss)
     plan = frozenset[str]().union(*(objective.plan(stream) for stream in objective.streams))
     paired = any(name.startswith(("chosen_", "rejected_")) for name in plan)

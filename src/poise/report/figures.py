@@ -76,7 +76,13 @@ def _blocks(values: Sequence[float | None], size: int, scale: float = 1.0) -> Nu
 
 
 def curves(
-    lines: Sequence[Line], *, unit: str = "", decimals: str = ".4g", logarithmic: bool = False, pixels: int = 320
+    lines: Sequence[Line],
+    *,
+    unit: str = "",
+    decimals: str = ".4g",
+    logarithmic: bool = False,
+    pixels: int = 320,
+    across: str = "training step",
 ) -> Figure:
     """Draw one line a formula over the training steps, with its band over seeds and its letter at the end.
 
@@ -120,10 +126,10 @@ def curves(
             "hovermode": "x unified",
             "showlegend": False,
             "xaxis": {
-                "title": {"text": "training step"},
+                "title": {"text": across},
                 "nticks": 6,
                 "rangemode": "tozero",
-                "unifiedhovertitle": {"text": "step %{x:,.0f}"},
+                "unifiedhovertitle": {"text": f"{across.removeprefix('training ')} %{{x:,.0f}}"},
             },
             "yaxis": axis,
         },
@@ -395,8 +401,15 @@ class Point:
     runs: tuple[tuple[float, float], ...]
 
 
-def cost_quality(points: Sequence[Point], metric: Metric) -> Figure:
-    """Draw seconds a run against the metric, one cross of intervals a formula and one faint mark a run."""
+def cost_quality(
+    points: Sequence[Point], metric: Metric, *, across: str = "seconds per training run", unit: str = " s"
+) -> Figure:
+    """Draw what a formula costs against the metric, one cross of intervals a formula and one faint mark a run.
+
+    Args:
+        across: what the level axis is, and in which `unit`.
+    """
+    price = unit
     scale, unit = (100.0, " %") if metric.percent else (1.0, "")
     decimals = ".1f" if metric.percent else ".4g"
     data: list[dict[str, Any]] = []
@@ -431,7 +444,7 @@ def cost_quality(points: Sequence[Point], metric: Metric) -> Figure:
                 "textfont": {"color": tone, "size": 14},
                 "cliponaxis": False,
                 "marker": {"color": tone, "size": 12, "symbol": palette.symbol(point.formula)},
-                "hovertemplate": f"%{{fullData.name}}<br>%{{y:{decimals}}}{unit} after %{{x:.3g}} s<extra></extra>",
+                "hovertemplate": f"%{{fullData.name}}<br>%{{y:{decimals}}}{unit} at %{{x:.3g}}{price}<extra></extra>",
                 "meta": {"formula": point.formula},
                 **_bar("error_x", point.cost, 1.0, tone),
                 **_bar("error_y", point.quality, scale, tone),
@@ -444,10 +457,10 @@ def cost_quality(points: Sequence[Point], metric: Metric) -> Figure:
             "hovermode": "closest",
             "showlegend": False,
             "xaxis": {
-                "title": {"text": "seconds per training run"},
+                "title": {"text": across},
                 "rangemode": "tozero",
                 "nticks": 7,
-                "ticksuffix": " s",
+                "ticksuffix": price if price == " s" else "",
             },
             "yaxis": {"title": {"text": f"test {figure_text(metric.title, 40)}"}, "ticksuffix": unit, "nticks": 6},
         },

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poise.report import figures, palette, wording
+from poise.report.alignment import CURVES, alignment_of
 from poise.report.embed import figure_text
 from poise.report.figures import Figure, Line, Point, Row
 
@@ -199,6 +200,7 @@ class Page:
         self.loss_curve = self._curve("loss", "loss", "Training loss", Scale.plain())
         self.terms = self._term_panels()
         self.other_curves = self._other_curves()
+        self.alignment = alignment_of(self)
         self.cost_chart = self._cost_chart()
         self.trial_charts = self._trial_charts()
         self.data_facts = self._data_facts()
@@ -376,7 +378,20 @@ class Page:
             if entry.metric == metric.name
         )
 
-    def _curve(self, id: str, name: str, title: str, scale: Scale, height: int = 320) -> CurveSection | None:
+    def curve(
+        self, id: str, name: str, title: str, *, height: int, across: str = "training step"
+    ) -> CurveSection | None:
+        """Return a curve that is drawn as it is, for a section of its own."""
+        # With a direction, so that an axis of nats stays linear.
+        return self._curve(id, name, title, Scale(1.0, "", ".4g", "min"), height, across)
+
+    def add_chart(self, id: str, figure: Figure, says: str, formulas: Sequence[int]) -> Chart:
+        """Put a figure on the page, for a section of its own."""
+        return self._chart(Chart(id=id, figure=figure, says=says, keys=self._keys_of(formulas), height=320))
+
+    def _curve(
+        self, id: str, name: str, title: str, scale: Scale, height: int = 320, across: str = "training step"
+    ) -> CurveSection | None:
         """Return a curve of all formulas that recorded it, with the numbers below it."""
         lines = [
             Line.of(formula.index, formula.text, formula.curves[name], scale.factor)
@@ -399,9 +414,14 @@ class Page:
             Chart(
                 id=id,
                 figure=figures.curves(
-                    lines, unit=scale.unit, decimals=scale.decimals, logarithmic=logarithmic, pixels=height
+                    lines,
+                    unit=scale.unit,
+                    decimals=scale.decimals,
+                    logarithmic=logarithmic,
+                    pixels=height,
+                    across=across,
                 ),
-                says=f"{title} over the training steps: {says}.",
+                says=f"{title}, by {across}: {says}.",
                 keys=self._keys_of([line.formula for line in lines]),
                 title=title,
                 height=height,
@@ -422,7 +442,7 @@ class Page:
 
     def _other_curves(self) -> tuple[CurveSection, ...]:
         """Return what was recorded besides: the gradient's norm, what callbacks wrote."""
-        shown = {"loss", *(f"valid/{metric.name}" for metric in self.summary.metrics)}
+        shown = {"loss", *CURVES, *(f"valid/{metric.name}" for metric in self.summary.metrics)}
         names = dict.fromkeys(
             name
             for formula in self.summary.formulas
@@ -629,7 +649,8 @@ class Page:
         facts.append(Fact("examples", f"{task.examples:,}"))
         if task.sizes:
             facts.append(Fact("split", ", ".join(f"{name} {size:,}" for name, size in task.sizes.items())))
-        facts.append(Fact("input shape", " × ".join(str(size) for size in task.input_shape)))
+        if task.input_shape:
+            facts.append(Fact("input shape", " × ".join(str(size) for size in task.input_shape)))
         if task.classes:
             shown = ", ".join(task.classes[:20])
             more = len(task.classes) - 20

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -125,16 +125,17 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
     with _peak_memory(spec.device) as peak:
         run = train(spec, task, split, folder=folder, report=report)
         metrics = _measure(run, split, "valid")
-        details = {}
+        details: dict[str, Any] = {}
         if spec.measure == "test":
             metrics |= _measure(run, split, "test")
             details = split.details(run)
+    curves = {**run.history.curves(), **details.pop("curves", {})}
     return RunRecord(
         spec.id,
         spec,
         "done",
         metrics=metrics,
-        curves={name: (list(steps), list(values)) for name, (steps, values) in run.history.curves().items()},
+        curves={name: (list(steps), list(values)) for name, (steps, values) in curves.items()},
         details=details,
         sizes=split.sizes,
         warnings=list(split.warnings),

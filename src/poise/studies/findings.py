@@ -41,6 +41,13 @@ _METRICS: dict[str, tuple[str, Literal["max", "min"], bool, float, float]] = {
     "macro_f1": ("macro F1", "max", True, 0.0, 1.0),
     "nll": ("negative log-likelihood", "min", False, 0.0, math.inf),
     "ece": ("calibration error", "min", True, 0.0, 1.0),
+    "preference_accuracy": ("preference accuracy", "max", True, 0.0, 1.0),
+    "label_accuracy": ("label accuracy", "max", True, 0.0, 1.0),
+    "margin": ("margin over the start, nats", "max", False, -math.inf, math.inf),
+    "chosen_shift": ("log-probability of chosen over the start, nats", "max", False, -math.inf, math.inf),
+    "kl": ("KL from the start, nats a token", "min", False, 0.0, math.inf),
+    "length_bias": ("length bias, |correlation|", "min", False, 0.0, 1.0),
+    "reward": ("true reward of sampled answers", "max", False, -math.inf, math.inf),
     "rmse": ("root mean squared error", "min", False, 0.0, math.inf),
     "mae": ("mean absolute error", "min", False, 0.0, math.inf),
     "r2": ("R²", "max", False, -math.inf, 1.0),
@@ -167,7 +174,9 @@ def _values(records: Iterable[RunRecord], name: str) -> list[float]:
 def _seed_result(track: Track, record: RunRecord) -> SeedResult:
     metrics = {name.removeprefix("test/"): value for name, value in record.metrics.items() if name.startswith("test/")}
     spec = record.spec
-    return SeedResult(track.seed, record.id, spec.formula, spec.lr, dict(track.weights), metrics, record.seconds)
+    return SeedResult(
+        track.seed, record.id, spec.formula, spec.lr, dict(track.weights), metrics, record.seconds, record.details
+    )
 
 
 def _has_failed(plan: Plan, track: Track) -> bool:

@@ -16,6 +16,7 @@ from poise.studies.summary import Difference, FormulaSummary, Metric, Recommenda
 if TYPE_CHECKING:
     from poise.studies.config import DataConfig, TrainingConfig
     from poise.studies.plan import Plan
+    from poise.studies.summary import SeedResult
 
 
 def difference_sentence(metric: Metric, one: str, other: str, estimate: Estimate, verdict: Verdict) -> str:
@@ -190,6 +191,8 @@ def python_lines(formula: FormulaSummary, plan: Plan, task: TaskSummary) -> str:
     result = formula.seeds[0]
     training, data = plan.config.training, plan.config.data
     found = f"  # found on seed {result.seed}" if plan.trials else ""
+    if task.target_type not in ("classification", "regression"):
+        return _language_lines(plan, result, found)
     lines = [
         "import poise",
         "",
@@ -213,6 +216,33 @@ def python_lines(formula: FormulaSummary, plan: Plan, task: TaskSummary) -> str:
         *([f"    monitor={task.primary!r},", "    restore_best=True,"] if training.select == "best" else []),
         ")",
         'print(split.metrics(run.predict(split.test["input"]), split.test["target"]))',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _language_lines(plan: Plan, result: SeedResult, found: str) -> str:
+    """Return the lines for texts: the task hands over model, tokens and the measuring of held-out answers."""
+    training, data = plan.config.training, plan.config.data
+    options = training.model_options() | ({} if training.device == "auto" else {"device": training.device})
+    lines = [
+        "import poise",
+        "",
+        f"task = poise.load_task({_arguments(repr(data.source), **_given(data))})",
+        f"split = task.split(seed={result.seed})",
+        "run = poise.fit(",
+        f"    objective=poise.parse({result.formula!r}),{found}",
+        f"    **task.arguments({_arguments('split', repr(training.model), seed=result.seed, **options)}),",
+        *(f"    {line}" for line in _solver_lines(training, result.lr, found)),
+        f"    epochs={training.epochs}," if training.epochs else f"    steps={training.steps},",
+        f"    batch_size={training.batch_size},",
+        *([f"    accumulate={training.accumulate},"] if training.accumulate > 1 else []),
+        f"    seed={result.seed},",
+        f"    device={training.device!r},",
+        *([f"    precision={training.precision!r},"] if training.precision != "fp32" else []),
+        *(["    deterministic=True,"] if training.deterministic else []),
+        ")",
+        'print(split.measure(run, "test"))',
+        'split.save(run, "aligned")  # a folder that plain transformers loads',
     ]
     return "\n".join(lines) + "\n"
 

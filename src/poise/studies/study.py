@@ -603,15 +603,18 @@ def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
 def _absolute(location: str | None) -> str | None:
     """Return the absolute path of a file or folder; an embedded task's name stays as it is."""
     from poise.tasks import EMBEDDED
+    from poise.tasks.load import REPLIES
 
-    return location if location is None or location in EMBEDDED else str(Path(location).resolve())
+    inside = location is None or location in EMBEDDED or location == REPLIES
+    return location if inside else str(Path(str(location)).resolve())
 
 
 def _beside(file: Path, location: str | None) -> str | None:
     """Return a path that the file names relative to itself, where it exists there and not from here."""
     from poise.tasks import EMBEDDED
+    from poise.tasks.load import REPLIES
 
-    if location is None or location in EMBEDDED or Path(location).exists():
+    if location is None or location in EMBEDDED or location == REPLIES or Path(location).exists():
         return location
     beside = file.parent / Path(location).name
     relative = file.parent / location

@@ -74,7 +74,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """The final run of one formula on one seed, with the weights and the learning rate that it used."""
+    """The final run of one formula on one seed, with the weights and the learning rate that it used, and what its task adds."""
 
     seed: int
     run: str
@@ -83,6 +83,7 @@ class SeedResult:
     weights: dict[str, float]
     metrics: dict[str, float]
     seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

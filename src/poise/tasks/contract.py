@@ -33,7 +33,7 @@ class AnySplit(Protocol):
         ...
 
     def details(self, run: Run) -> dict[str, Any]:
-        """Return what a report shows beyond metrics and curves, as JSON."""
+        """Return what a report shows beyond metrics and curves, as JSON; `curves` among it joins the run's curves."""
         ...
 
 

@@ -18,7 +18,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,6 +305,22 @@ def sample(
         logps[:, t] = torch.where(mask[:, t], log_p.gather(1, drawn[:, None])[:, 0], 0.0)
         ended |= mask[:, t] & (drawn == END)
     return Words(ids, mask, logps)
+
+
+def answer(model: nn.Module, prompts: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Answer prompts as `poise.readouts.on_policy.OnPolicy` asks: one word for each row, with what its sampler thought of it.
+
+        stream = OnPolicy(1, answer, lambda batch: rare_letters(batch["response_ids"]), samples=128)
+
+    Args:
+        model: a `WordModel`.
+        prompts: `prompt_ids` int64 `[rows, <= 13]` where words are to begin with something; any other column gives the number of rows.
+        generator: the only source of randomness.
+    """
+    begun = prompts.get("prompt_ids")
+    rows = len(next(iter(prompts.values())))
+    drawn = sample(model, rows, generator, prompts=begun)  # type: ignore[arg-type]
+    return {"response_ids": drawn.ids, "response_mask": drawn.mask, "behaviour_logps": drawn.logps}
 
 
 def token_logps(model: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor) -> Tensor:

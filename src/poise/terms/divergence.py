@@ -266,8 +266,9 @@ class ForwardKL(_Divergence):
 
         gradient   -E_q[w grad log pi], w detached
 
-    It covers all of the target where reverse KL may settle on a part, and a hard constraint (weight 0) is welcome. The weights are
-    heavy-tailed: watch `forward_kl.ess`, the effective share of the samples, in (0, 1].
+    It covers all of the target where reverse KL may settle on a part, and a hard constraint (weight 0) is welcome. The
+    weights are heavy-tailed: watch `forward_kl.ess`, the effective share of the samples, in (0, 1]. With `log_z="batch"` a
+    prompt needs several samples: one alone weighs 1 whatever its reward.
 
     Reads as `ReverseKL`. Publishes `ess` (0-dim) and `weight` `[batch]`.
 

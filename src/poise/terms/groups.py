@@ -11,17 +11,20 @@ from torch import Tensor
 __all__ = ["group_size", "group_sum", "leave_one_out", "log_mean_exp"]
 
 
-def _places(values: Tensor, group: Tensor | None) -> tuple[Tensor, int]:
+def _places(values: Tensor, group: Tensor | None) -> Tensor:
+    """Number the groups from 0, for each row. There are at most as many as rows, so nobody waits for a device to count them."""
     if group is None:
-        return torch.zeros(len(values), dtype=torch.int64, device=values.device), 1
-    found, place = torch.unique(group, return_inverse=True)
-    return place, len(found)
+        return torch.zeros(len(values), dtype=torch.int64, device=values.device)
+    order = group.argsort()
+    new = torch.zeros_like(group)
+    new[1:] = group[order].diff() != 0
+    return torch.empty_like(group).scatter_(0, order, new.cumsum(0))
 
 
 def group_sum(values: Tensor, group: Tensor | None = None) -> Tensor:
     """Return the sum over each sample's group, float `[batch]`."""
-    place, groups = _places(values, group)
-    return values.new_zeros(groups).index_add(0, place, values)[place]
+    place = _places(values, group)
+    return torch.zeros_like(values).index_add(0, place, values)[place]
 
 
 def group_size(values: Tensor, group: Tensor | None = None) -> Tensor:
@@ -43,8 +46,8 @@ def leave_one_out(values: Tensor, group: Tensor | None = None) -> Tensor:
 
 def log_mean_exp(values: Tensor, group: Tensor | None = None) -> Tensor:
     """Return `log mean exp(values)` over each sample's group, float `[batch]`; -inf where all of a group are."""
-    place, groups = _places(values, group)
-    top = values.new_full((groups,), -torch.inf).scatter_reduce(0, place, values.detach(), "amax")
+    place = _places(values, group)
+    top = torch.full_like(values, -torch.inf).scatter_reduce(0, place, values.detach(), "amax")
     top = torch.where(torch.isfinite(top), top, 0.0)
-    total = values.new_zeros(groups).index_add(0, place, (values - top[place]).exp())
+    total = torch.zeros_like(values).index_add(0, place, (values - top[place]).exp())
     return (total.log() + top)[place] - group_size(values, group).log()

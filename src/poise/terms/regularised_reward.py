@@ -117,7 +117,8 @@ class ExpectedReward(_OfPolicy):
 class ReferenceKL(_OfPolicy):
     """KL(pi || pi0) of whole responses: `E_pi[u], u = sum_t log pi(x_t) - log pi0(x_t)`.
 
-    Tokens are summed and not averaged, so that `expected_reward + beta*reference_kl` has the posterior `pi0 exp(r/beta)/Z`.
+    Tokens are summed and not averaged, and the gradient counts what a token does to those after it, so that
+    `expected_reward + beta*reference_kl` has the posterior `pi0 exp(r/beta)/Z`. Penalties of each token alone have not.
 
     Reads `response_logps` and `reference_response_logps`, float `[batch, time]` or `[batch]`; `group` if offered; with
     `samples="proposal"` also `behaviour_logps`. Values in nats.

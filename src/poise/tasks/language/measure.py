@@ -5,7 +5,7 @@
     chosen_shift          mean of log pi/pi_0 (chosen), nats; rejected_shift likewise
     nll                   -log pi(chosen) per token, nats
     kl                    mean over answer tokens of KL(pi || pi_0) over the vocabulary, nats
-    length_bias           correlation of the margin with the difference in length
+    length_bias           |correlation| of the margin with the difference in length
 
 pi_0 is the model before training, whatever the formula reads, so that every formula is measured by the same ruler.
 """
@@ -113,7 +113,7 @@ def metrics(now: Pages, start: Pages, labels: Tensor | None = None) -> dict[str,
             "chosen_shift": float(shift["chosen"].mean()),
             "rejected_shift": float(shift["rejected"].mean()),
             **found,
-            "length_bias": _correlation(margin, longer),
+            "length_bias": abs(_correlation(margin, longer)),
         }
     elif labels is not None:
         found = {"label_accuracy": _share_positive(torch.where(labels, shift[first], -shift[first])), **found}

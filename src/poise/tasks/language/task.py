@@ -21,7 +21,7 @@ from poise.quantities import derive, random_numbers
 from poise.readouts.language import AdapterOff, Reference
 from poise.run import choose_device
 from poise.tasks.language.measure import Pages, metrics, profile, sample, score
-from poise.tasks.language.models import LanguageModel, add_lora, load_language_model
+from poise.tasks.language.models import LanguageModel, add_lora, load_language_model, save_language_model
 from poise.tasks.language.records import Records, Text, read_records
 from poise.tasks.language.tokens import TokenizedRecords, tokenize
 from poise.tasks.splits import check_fractions, group_split
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PRIMARY = {"pairs": "preference_accuracy", "labelled": "label_accuracy", "answers": "nll", "texts": "nll"}
 _METRICS = {
-    "pairs": ("preference_accuracy", "margin", "chosen_shift", "rejected_shift", "nll", "kl", "length_bias"),
+    "pairs": ("preference_accuracy", "margin", "chosen_shift", "nll", "kl", "length_bias"),
     "labelled": ("label_accuracy", "nll", "kl"),
     "answers": ("nll", "kl"),
     "texts": ("nll", "kl"),
@@ -42,7 +42,7 @@ _SAMPLED = 8
 """Prompts that the trained model answers for the report."""
 _REPLIES = 1500
 """Pairs of the embedded source."""
-_RATES = ((10_000_000, 1e-3), (2_000_000_000, 1e-5))
+_RATES = ((10_000_000, 2e-4), (2_000_000_000, 1e-5))
 _SMALLEST_RATE, _ADAPTER = 1e-6, 10.0
 
 
@@ -116,7 +116,7 @@ class LanguageTask:
         return 1, 3
 
     def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
-        """Return AdamW with a rate by the size of the model: 1e-3 below 10 million weights, 1e-5 below 2 billion, else 1e-6; an
+        """Return AdamW with a rate by the size of the model: 2e-4 below 10 million weights, 1e-5 below 2 billion, else 1e-6; an
         adapter learns at ten times the rate."""
         size = _weights_of(self.folder(model))
         rate = next((rate for most, rate in _RATES if size < most), _SMALLEST_RATE)
@@ -147,7 +147,7 @@ class LanguageTask:
 
     def model_code(self, name: str) -> str:
         """Return the sha256 of a model's weights and configuration."""
-        return _folder_hash(self.folder(name))
+        return _model_hash(self.folder(name))
 
     def split(self, seed: int) -> LanguageSplit:
         """Draw training, validation and test records; answers to one prompt stay together.
@@ -193,7 +193,14 @@ class LanguageTask:
         if lora is not None:
             with random_numbers(seed):
                 policy = add_lora(policy, lora)
-        return {"model": policy, "train": split.tokens("train"), "evaluate": split.watch}
+        # At the same shares of the run for every seed: the sizes of their training parts differ.
+        return {
+            "model": policy,
+            "train": split.tokens("train"),
+            "evaluate": split.watch,
+            "validate_every": 0.1,
+            "log_every": 0.05,
+        }
 
 
 class LanguageSplit:
@@ -236,13 +243,17 @@ class LanguageSplit:
             self._tokens[name] = tokenize(
                 records, loaded.tokenizer, max_length=longest, max_prompt_length=prompt, skip_bad=self.task.skip_bad
             )
-        self.warnings = [note for note in dict.fromkeys(t.note for t in self._tokens.values()) if note]
+        self.warnings = [f"{name}: {t.note}" for name, t in self._tokens.items() if name in self.sizes and t.cut]
         self._start = {"watched": score(loaded.model, self._tokens["watched"], _device(loaded.model))}
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the model that was prepared."""
         return self._tokenizer
+
+    def save(self, run: Run, folder: str | os.PathLike[str]) -> Path:
+        """Keep a trained model with its tokenizer in a new folder, so that plain transformers loads it."""
+        return save_language_model(run.model, self._tokenizer, folder)
 
     def tokens(self, part: str) -> TokenizedRecords:
         """Return a part as tokens of the model that was prepared."""
@@ -261,7 +272,9 @@ class LanguageSplit:
     def measure(self, run: Run, part: str) -> dict[str, float]:
         """Return the metrics of a trained model on "train", "valid" or "test"."""
         now, start = self._pages(run, part)
-        found = metrics(now, start, self._labels(part))
+        found = {
+            name: value for name, value in metrics(now, start, self._labels(part)).items() if name != "rejected_shift"
+        }
         if self.task.reward is not None:
             found["reward"] = self._reward(run, part)
         return found
@@ -306,15 +319,13 @@ class LanguageSplit:
 
     def details(self, run: Run) -> dict[str, Any]:
         """Return what the report's pages on alignment show: the depth of the change, lengths, sampled answers, tokens a second."""
-        now, start = self._pages(run, "test")
+        now, _ = self._pages(run, "test")
         data, first = self._tokens["test"], self._tokens["test"].sides[0]
         steps, values = profile(now, "kl")
         train = self._tokens["train"]
         found: dict[str, Any] = {
-            "kl_by_position": [steps, values],
+            "curves": {"depth/kl": (steps, values)},
             "tokens_per_example": float(train.lengths.double().mean()) * len(train.sides),
-            "shifts": {side: (now.sums[side] - start.sums[side]).tolist() for side in data.sides},
-            "lengths": {side: now.lengths[side].tolist() for side in data.sides},
         }
         samples = self._answers(run, "test", _SAMPLED) if data.records.kind != "texts" else []
         found["samples"] = [
@@ -396,25 +407,38 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+_OF_A_MODEL = (".safetensors", ".gguf", ".json", ".model")
+
+
+def _files(model: str) -> list[Path]:
+    """List what a model is made of: the files of its folder, or the one GGUF file."""
+    place = Path(model)
+    if place.is_file():
+        return [place]
+    return [p for p in sorted(place.iterdir()) if p.suffix in _OF_A_MODEL and p.is_file()] if place.is_dir() else []
+
+
 @lru_cache(maxsize=8)
-def _folder_hash(folder: str) -> str:
-    """sha256 over the weights, configuration and tokenizer of a model's folder."""
+def _model_hash(model: str) -> str:
+    """sha256 over weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
-        if path.suffix in (".safetensors", ".gguf", ".json", ".model") and path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in _files(model):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=8)
-def _weights_of(folder: str) -> int:
-    """Count the weights of a model's folder from the headers of its files; of a GGUF file its bytes stand for them."""
+def _weights_of(model: str) -> int:
+    """Count the weights from the headers of the files; of a GGUF file its bytes stand for them."""
     from safetensors import safe_open
 
     total = 0
-    for path in Path(folder).glob("*.safetensors") if Path(folder).is_dir() else []:
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total or sum(path.stat().st_size for path in Path(folder).glob("*.gguf"))
+    for path in _files(model):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        elif path.suffix == ".gguf":
+            total += path.stat().st_size
+    return total

@@ -102,7 +102,7 @@ class TokenizedRecords(Dataset[Item]):
         records: the records behind the items, in the same order.
         sides: the names of the answers.
         bad: rows that were left out, while reading or while tokenising.
-        note: what was cut, in words.
+        cut: whether anything was cut. note: what, in words.
         fingerprint: sha256 over records, tokenizer and options; equal where the tensors are equal.
         pad_id: the id that padding holds.
     """
@@ -118,6 +118,7 @@ class TokenizedRecords(Dataset[Item]):
         self.pad_id, self.padding = encoder.pad, options.padding
         made = _Made(records, encoder, options, skip_bad)
         self.records, self.bad, self.note = made.records, made.records.bad, made.note()
+        self.cut = bool(made.cut_prompts or made.cut_answers)
         self._prompts, self._ids, self._ranges = made.prompts, made.ids, made.ranges
         # Most answers are the model's own from end to end, and nothing has to be kept of that.
         self._own = {side: own for side, own in made.own.items() if not bool(own.values.all())}
