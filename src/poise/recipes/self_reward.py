@@ -39,7 +39,7 @@ from poise.quantities import Quantities, derive
 from poise.readouts.language import Language
 from poise.readouts.on_policy import Generate, Pairs, as_pairs, collect
 from poise.readouts.supervised import Readout
-from poise.run import Run
+from poise.run import Run, choose_device
 from poise.streams import Batch
 from poise.training import fit
 from poise.weights.consistency import Method, rank_consistency
@@ -312,9 +312,13 @@ def self_rewarding_rounds(
             "self_rewarding_rounds: a model ranks by what it learnt since M0, and there is no M0: give base=..., or seed_data=... to "
             "make M1 from the policy."
         )
+    # Answers are drawn between the fits, so everything is where they put the model.
+    device = choose_device(options.get("device", "auto"))
+    policy.to(device)
+    origin = FrozenModel(policy if base is None else base).to(device)
     learner = _Learner(
-        policy, sampler, ranker or ImplicitReward(readout), _of_each_round(prompts, rounds), FrozenModel(base or policy), samples,
-        consistency, method, undefined, minimum, _objective(objective, consistency), dict(streams or {}), readout, oracle, evaluate,
+        policy, sampler, ranker or ImplicitReward(readout), _of_each_round(prompts, rounds, device), origin, samples, consistency, method,
+        undefined, minimum, _objective(objective, consistency), dict(streams or {}), readout, oracle, evaluate,
         None if folder is None else Path(folder), seed, options,
     )  # fmt: skip
     learner.claim_folder(
@@ -330,7 +334,7 @@ class _Learner:
     policy: nn.Module
     sampler: Generate
     ranker: Ranker
-    prompts: Sequence[Mapping[str, Tensor] | int]
+    prompts: Sequence[Mapping[str, Tensor]]
     base: FrozenModel
     samples: int
     consistency: Consistency
@@ -539,14 +543,16 @@ def _objective(objective: Objective | Term | str, consistency: Consistency) -> O
     return objective
 
 
-def _of_each_round(prompts: Any, rounds: int) -> Sequence[Mapping[str, Tensor] | int]:
-    if isinstance(prompts, int | Mapping):
-        return [prompts] * rounds
+def _of_each_round(prompts: Any, rounds: int, device: torch.device) -> list[dict[str, Tensor]]:
+    if isinstance(prompts, int):
+        prompts = {"input": torch.arange(prompts)}
+    if isinstance(prompts, Mapping):
+        prompts = [prompts] * rounds
     if len(prompts) != rounds:
         raise InputError(
             f"self_rewarding_rounds: {rounds} rounds need {rounds} sets of prompts, and there are {len(prompts)}."
         )
-    return list(prompts)
+    return [{name: column.to(device) for name, column in each.items()} for each in prompts]
 
 
 def _no_score(batch: Batch) -> Tensor:
