@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from poise.errors import CheckpointError, InputError
 from poise.frozen import FrozenModel
+from poise.readouts import SampleTokens
 from poise.recipes import self_reward
 from poise.recipes.self_reward import (
     ExternalReward,
@@ -276,3 +277,20 @@ def test_what_does_not_fit_is_said(options, message: str) -> None:
 def test_a_ranker_of_another_reduction_does_not_exist() -> None:
     with pytest.raises(InputError, match="reduction is"):
         ImplicitReward(WordReadout, reduction="max")
+
+
+def test_a_transformers_model_rewards_itself_with_the_readout_that_is_the_default() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'lm')")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=12, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base, policy = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    before = copy.deepcopy(policy)
+    asked = torch.randint(3, 12, (6, 3), generator=torch.Generator().manual_seed(0))
+    report = self_rewarding_rounds(
+        policy, SampleTokens(max_new_tokens=5, eos=1, pad=2), base=base, rounds=2, samples=3, **OPTIONS,
+        prompts={"prompt_ids": asked, "prompt_mask": torch.ones_like(asked, dtype=torch.bool)},
+    )  # fmt: skip
+    assert all(0 <= each.consistency <= 1 for each in report.rounds)
+    assert not same(before, report.model)
