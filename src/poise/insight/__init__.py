@@ -38,9 +38,11 @@ _HOME: dict[str, str] = {
     "RewardAudit": "reward_audit",
     "Robustness": "weights",
     "StepRow": "distillation_spectrum",
+    "TokenCredit": "credit",
     "WeightStatistics": "weights",
     "answer_metrics": "reward_audit",
     "attack_success": "alignment_attacks",
+    "attribution": "credit",
     "audit_cases": "reward_audit",
     "audit_reward": "reward_audit",
     "backdoor": "alignment_attacks",
@@ -72,13 +74,13 @@ _HOME: dict[str, str] = {
     "self_bleu": "collapse",
     "suspect_labels": "memorization",
     "tilted": "mode_seeking",
+    "token_credit": "credit",
     "token_gradient_norms": "alignment_depth",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
-__all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
-__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
+__all__ = ["alignment_depth", "distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from poise.readouts.language import AdapterOff, Language
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
 from poise.readouts.supervised import Classification, Readout, Regression, readout_for
+from poise.readouts.token_rewards import contrastive_token_rewards, implied_token_rewards, with_token_rewards
 
 __all__ = [
     "AdapterOff",
@@ -16,6 +17,9 @@ __all__ = [
     "Regression",
     "SampleTokens",
     "collect",
+    "contrastive_token_rewards",
+    "implied_token_rewards",
     "pairs_from_rewards",
     "readout_for",
+    "with_token_rewards",
 ]

@@ -20,6 +20,7 @@ _HOME = {
     "Auto": "auto",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
+    "PreferenceGradientWeight": "preference_gradient",
     "optimal_mixing": "mixing",
     "label_of_strength": "consistency",
     "rank_consistency": "consistency",
