@@ -45,11 +45,13 @@ _HOME: dict[str, str] = {
     "RewardAudit": "reward_audit",
     "Robustness": "weights",
     "StepRow": "distillation_spectrum",
+    "TokenCredit": "credit",
     "ValueCorrelation": "implicit_reward",
     "WeightStatistics": "weights",
     "advantages": "implicit_reward",
     "answer_metrics": "reward_audit",
     "attack_success": "alignment_attacks",
+    "attribution": "credit",
     "audit_cases": "reward_audit",
     "audit_reward": "reward_audit",
     "backdoor": "alignment_attacks",
@@ -86,6 +88,7 @@ _HOME: dict[str, str] = {
     "shared_tokens": "likelihood_dynamics",
     "suspect_labels": "memorization",
     "tilted": "mode_seeking",
+    "token_credit": "credit",
     "token_gradient_norms": "alignment_depth",
     "token_rewards": "implicit_reward",
     "value": "implicit_reward",
@@ -94,6 +97,7 @@ _HOME: dict[str, str] = {
     "weight_report": "weights",
 }
 
+__all__ = ["alignment_depth", "distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 __all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
 __all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_HOME)]
 __all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]

@@ -282,7 +282,7 @@ class OnPolicy(Stream):
             raise InputError("Pairs are made from the column 'reward', and score did not return it.")
         pairs = pairs_from_rewards(batch["reward"].view(-1, self.samples), self.pairs)
         self.tied += pairs.tied
-        return _as_pairs(batch, pairs, self.samples)
+        return as_pairs(batch, pairs, self.samples)
 
     def _shared_out(self) -> list[Batch]:
         """Divide the round into micro-batches and processes, group by group."""
@@ -456,7 +456,7 @@ def _padded(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], dim=1)
 
 
-def _as_pairs(batch: Batch, pairs: Pairs, samples: int) -> Batch:
+def as_pairs(batch: Batch, pairs: Pairs, samples: int) -> Batch:
     """Write a round's answers as pairs; where no group has one, as one pair of an answer with itself that counts nothing."""
     winner, loser = pairs.prompt * samples + pairs.winner, pairs.prompt * samples + pairs.loser
     none = not len(winner)

@@ -14,12 +14,18 @@ _HOME: dict[str, str] = {
     "Chain": "distillation_chain",
     "CoTrained": "elr_plus",
     "ELRPlus": "elr_plus",
+    "ExternalReward": "self_reward",
     "Grid": "distillation_chain",
+    "ImplicitReward": "self_reward",
+    "JudgeReward": "self_reward",
     "PreferenceLoop": "preference_loop",
+    "SelfRewardRound": "self_reward",
+    "SelfRewarding": "self_reward",
     "Student": "distillation_chain",
     "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
     "pairs_from_rewards": "preference_loop",
+    "self_rewarding_rounds": "self_reward",
 }
 
 __all__ = ["distillation_chain", "preference_loop", *sorted(_HOME)]

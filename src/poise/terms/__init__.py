@@ -74,6 +74,7 @@ CATALOGUE: dict[str, str] = {
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
     "tdpo": "poise.terms.preference.tdpo:TDPO",
     "token_kl": "poise.terms.preference.margin:TokenKL",
+    "token_reward_regularizer": "poise.terms.preference.treg:TokenRewardRegularizer",
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
     "total_variation": "poise.terms.divergence:TotalVariation",
 }
@@ -83,6 +84,7 @@ SHORTHANDS: dict[str, str] = {
     "cdpo": "poise.terms.preference.dpo:CDPO",
     "orpo": "poise.terms.preference.simpo:ORPO",
     "rpo": "poise.terms.preference.rpo:RPO",
+    "t_reg": "poise.terms.preference.treg:TREG",
 }
 """Formula name -> "module:Function" of what stands for a sum of terms: it returns the objective, which prints as that sum."""
 

@@ -20,7 +20,11 @@ _HOME = {
     "Auto": "auto",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
+    "PreferenceGradientWeight": "preference_gradient",
     "optimal_mixing": "mixing",
+    "label_of_strength": "consistency",
+    "rank_consistency": "consistency",
+    "rank_correlation": "consistency",
 }
 __all__ = sorted(_HOME)
 
