@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,13 +136,16 @@ def _memory_of_head_and_loss(quick: bool) -> list[Ratio]:
     vocabulary = 32_768 if quick else VOCABULARY
     ratios = []
     for dtype in DTYPES:
+        # The others compute every token of a row, whether it is scored or not.
+        others = {way: _peak("head", way, dtype, 255, vocabulary) for way in ("full", "trl")}
         for answer in (255,) if quick else (128, 255):
-            peaks = {way: _peak("head", way, dtype, answer, vocabulary) for way in ("ours", "trl", "full")}
-            words = f"{dtype}, {answer} of {TIME} tokens answered, vocabulary {vocabulary:,}: "
-            words += ", ".join(f"{way} {peak / MIB:.0f} MiB" for way, peak in peaks.items())
-            for other, goal in (("full", 0.25), ("trl", 1.0)):
-                name = f"peak of head and loss, ours / {'full logits' if other == 'full' else 'TRL'}, {dtype}, {answer}"
-                ratios.append(Ratio(name, peaks["ours"] / peaks[other], goal, "lower", words))
+            ours = _peak("head", "ours", dtype, answer, vocabulary)
+            peaks = {"ours": ours, **others}
+            words = ", ".join(f"{way} {peak / MIB:.0f} MiB" for way, peak in peaks.items())
+            words = f"vocabulary {vocabulary:,}: {words}"
+            for way, called, goal in (("full", "full logits", 0.25), ("trl", "TRL", 1.0)):
+                name = f"peak of head and loss, ours / {called}, {dtype}, {answer} answered"
+                ratios.append(Ratio(name, ours / others[way], goal, "lower", words))
     return ratios
 
 
@@ -156,6 +160,7 @@ def _memory_and_vocabulary(quick: bool) -> list[Ratio]:
     return ratios
 
 
+@cache
 def _peak(measure: str, *arguments: object) -> int:
     """Measure bytes in a fresh process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # fmt: skip
@@ -168,19 +173,22 @@ def _peak(measure: str, *arguments: object) -> int:
 
 
 def _measure_head(way: str, dtype: str, answer: str, vocabulary: str) -> int:
-    model = _model(int(vocabulary), 0, body=False, dtype=dtype)
-    batch = _batch(int(answer), int(vocabulary))
     reference = {f"reference_{side}_logps": torch.full((PAIRS,), -3000.0) for side in ("chosen", "rejected")}
-    if way == "trl":
-        _fuse(model)
     loss = {"ours": _ours, "trl": _trl, "full": _full}[way]
-    return _growth(lambda: loss(model, batch, reference).backward(), model)
+
+    def made(size: int) -> tuple[Callable[[], None], nn.Module]:
+        model = _model(size, 0, body=False, dtype=dtype)
+        batch = _batch(int(answer), size)
+        if way == "trl":
+            _fuse(model)
+        return lambda: loss(model, batch, reference).backward(), model
+
+    made(1_024)[0]()  # what is made once, libraries' buffers among it, is there now
+    return _growth(*made(int(vocabulary)))
 
 
 def _growth(step: Callable[[], None], model: nn.Module) -> int:
-    """The peak of the resident set over a second step, above its size before and less the gradients that it leaves."""
-    step()  # what is made once, libraries' buffers among it, is there now
-    model.zero_grad(set_to_none=True)
+    """The peak of the resident set over a step, above its size before and less the gradients that it leaves."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     step()
@@ -241,6 +249,7 @@ def _route_module(rows: int, vocabulary: int, width: int) -> Any:
 
 
 def _measure_route(place: str, rows: str, vocabulary: str, width: str) -> int:
+    _routes(int(rows), 1_024, int(width))[int(place)]()
     route: Any = _routes(int(rows), int(vocabulary), int(width))[int(place)]
     return _growth(route, route.module)
 
