@@ -18,6 +18,7 @@ from poise.errors import QuantityError
 from poise.frozen import FrozenModel
 from poise.problem import Problem
 from poise.readouts import Language, batch_quantities, pairs_in_halves, read_in_forward, reference_for
+from poise.tasks.language import make_records, tokenize
 
 transformers = pytest.importorskip("transformers", reason="needs the extra lm")
 from tasks.language.tokenizers_by_hand import letters  # noqa: E402
@@ -124,6 +125,21 @@ def test_the_value_before_the_first_step_is_that_of_equal_models() -> None:
     assert not found["reference_chosen_logps"].requires_grad
     with pytest.raises(QuantityError, match="there is none"):
         batch_quantities(model, batch, objective)
+
+
+def test_answers_alone_have_the_likelihood_that_transformers_computes(recipes: Recipes) -> None:
+    model, objective = tiny_model(), poise.parse("sft")
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
+    answers = tokenize(make_records(rows), recipes["tokenizer"])
+    batch = answers.collate([answers[i] for i in range(len(answers))])
+    ours = objective(batch_quantities(model, batch, objective))
+    theirs = model(
+        input_ids=batch["response_ids"],
+        attention_mask=batch["response_attention"],
+        labels=batch["response_ids"].masked_fill(~batch["response_mask"], -100),
+    ).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=TOLERANCE)
+    assert_same(gradients(ours, model), gradients(theirs, model))
 
 
 def test_a_model_that_reads_in_forward_is_otherwise_the_same(recipes: Recipes) -> None:

@@ -167,8 +167,8 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = head.like(tensors)
         parts = [
-            _fold(head.at(rows), None if reference is None else reference.at(rows), target[rows], width, wanted)
-            for rows, width in _row_tiles(target)
+            _fold(head.at(rows), None if reference is None else reference.at(rows), target[rows], wanted)
+            for rows in _row_tiles(target)
         ]
         sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else _nothing(head)
         # The tensors are saved where autograd can see them, and the head that they belong to beside them.
@@ -185,43 +185,45 @@ class _TokenScores(torch.autograd.Function):
         given = {name: g for name, g in zip(ctx.wanted, upstream, strict=True) if g is not None}
         needs = ctx.needs_input_grad[4:]
         n = len(head.features)
-        tiles = list(_row_tiles(ctx.target))
-        features = [_wide_zeros(f) if need else None for f, need in zip(head.features, needs[:n], strict=True)]
-        # One tile of rows writes each gradient of a matrix once; several add up, and sums want float32.
-        once = len(tiles) == 1
-        matrices = [
-            (torch.empty_like(m) if once else _wide_zeros(m)) if need else None
-            for m, need in zip(head.matrices, needs[n : 2 * n], strict=True)
+        tiles = [
+            (rows, head.at(rows), None if ctx.reference is None else ctx.reference.at(rows))
+            for rows in _row_tiles(ctx.target)
         ]
+        features = [_wide_zeros(f) if need else None for f, need in zip(head.features, needs[:n], strict=True)]
+        new = torch.empty_like if tiles else torch.zeros_like
+        matrices = [new(m) if need else None for m, need in zip(head.matrices, needs[n : 2 * n], strict=True)]
         bias = _wide_zeros(head.bias) if needs[2 * n] and head.bias is not None else None
-        if not tiles:
-            matrices = [None if m is None else torch.zeros_like(m) for m in matrices]
-        for rows, width in tiles:
-            part, other = head.at(rows), None if ctx.reference is None else ctx.reference.at(rows)
-            for columns in _columns(head.vocabulary, width):
+        for columns in _columns(head.vocabulary, ctx.target):
+            # Summed over all rows before it is rounded to the type of the matrix, and written once.
+            sums: list[Tensor | None] = [None] * n
+            for rows, part, other in tiles:
                 dz = _gradient_tile(ctx, part, other, given, rows, columns)
                 for i in range(n):
-                    gradient, matrix = features[i], matrices[i]
+                    gradient = features[i]
                     if gradient is not None:
                         gradient[rows].addmm_(dz, _wide(head.matrices[i][columns]))
-                    if matrix is not None:
+                    if matrices[i] is not None:
                         product = dz.to(part.products).t() @ part.features[i]
-                        matrix[columns] = product if once else matrix[columns] + product
+                        before = sums[i]
+                        sums[i] = product if before is None else _wide(before).add_(product)
                 if bias is not None:
                     bias[columns] += dz.sum(0)
+            for matrix, product in zip(matrices, sums, strict=True):
+                if matrix is not None and product is not None:
+                    matrix[columns] = product
         found = [
             *(None if g is None else g.to(t.dtype) for g, t in zip(features, head.features, strict=True)),
-            *(None if g is None else g.to(t.dtype) for g, t in zip(matrices, head.matrices, strict=True)),
+            *matrices,
             None if bias is None or head.bias is None else bias.to(head.bias.dtype),
         ]
         return (None, None, None, None, *found)
 
 
-def _fold(head: Head, reference: Head | None, labels: Tensor, width: int, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+def _fold(head: Head, reference: Head | None, labels: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Run over the vocabulary once and return what the wanted scores and the backward pass need, `[rows]` each."""
     policy, other = _Running(), _Running()
     chosen: Tensor | None = None
-    for columns in _columns(head.vocabulary, width):
+    for columns in _columns(head.vocabulary, labels):
         z = head.tile(columns)
         inside = (labels >= columns.start) & (labels < columns.stop)
         found = z.gather(1, (labels - columns.start).clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
@@ -327,15 +329,16 @@ def _gradient_tile(
     return dz if head.scale == 1.0 else dz.mul_(head.scale)
 
 
-def _row_tiles(target: Tensor) -> Iterator[tuple[slice, int]]:
-    """Give the rows in tiles, and how many tokens of the vocabulary go into a tile with them."""
-    most = min(_TILE, _CACHED) if target.device.type == "cpu" else _TILE
+def _row_tiles(target: Tensor) -> Iterator[slice]:
+    """Give the rows in tiles."""
     for start in range(0, len(target), _ROWS):
-        stop = min(len(target), start + _ROWS)
-        yield slice(start, stop), max(1, most // (stop - start))
+        yield slice(start, min(len(target), start + _ROWS))
 
 
-def _columns(vocabulary: int, width: int) -> Iterator[slice]:
+def _columns(vocabulary: int, target: Tensor) -> Iterator[slice]:
+    """Give the vocabulary in tiles that fit with a tile of rows."""
+    most = min(_TILE, _CACHED) if target.device.type == "cpu" else _TILE
+    width = max(1, most // max(1, min(len(target), _ROWS)))
     for start in range(0, vocabulary, width):
         yield slice(start, min(vocabulary, start + width))
 
