@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from poise.claims import Claim, Finding, Progress
+from poise.claims import Claim, Finding, Progress, real_pairs
 from poise.formula import parse
 from poise.insight.coverage import preference_coverage
 from poise.quantities import derive
@@ -109,7 +109,7 @@ class Spelled:
 
 
 def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Finding:
-    """Let DPO and RPO meet a rare answer, evenly covered ones, and words (`full`: five times as many even problems)."""
+    """Let DPO and RPO meet a rare answer, evenly covered ones, and words (`full`: five times as many even problems, and real pairs)."""
     collapse = _collapse()
     evens = []
     count = PROBLEMS * (5 if full else 1)
@@ -124,7 +124,25 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
             if progress is not None:
                 progress(0.2 + 0.8 * i / SEEDS, f"words, {formula}, seed {i}")
             rows.append(_words(prior, formula, derive(seed, "words", i)))
-    return _judge(collapse, evens, words[DPO], words[RPO])
+    finding = _judge(collapse, evens, words[DPO], words[RPO])
+    return _with_real_pairs(finding, progress) if full else finding
+
+
+def _with_real_pairs(finding: Finding, progress: Progress | None) -> Finding:
+    """Add what a real language model does on real pairs; it contradicts the claim where RPO holds the chosen answers no higher."""
+    plain, guarded = real_pairs.study_of((DPO, RPO), progress).formulas
+    of = {name: real_pairs.level(f, "chosen_shift") for name, f in ((DPO, plain), (RPO, guarded))}
+    margins = [real_pairs.level(f, "margin") for f in (plain, guarded)]
+    figures = {f"real pairs/chosen shift {name}": value for name, value in of.items()}
+    figures |= {"real pairs/margin DPO": margins[0], "real pairs/margin RPO": margins[1]}
+    measured = (
+        f"{finding.measured}; {real_pairs.SUBSET}: held-out chosen answers move by {of[DPO]:+.2f} nats under DPO and {of[RPO]:+.2f} under "
+        f"RPO (eta = 1), margins {margins[0]:+.2f} and {margins[1]:+.2f}"
+    )
+    if of[RPO] > of[DPO]:
+        return replace(finding, measured=measured, figures={**finding.figures, **figures})
+    reason = "; ".join(filter(None, (finding.reason, "on real pairs RPO holds the chosen answers no higher than DPO")))
+    return replace(finding, verdict="fails", measured=measured, reason=reason, figures={**finding.figures, **figures})
 
 
 def _judge(collapse: Collapse, evens: Sequence[Even], plain: Sequence[Spelled], guarded: Sequence[Spelled]) -> Finding:

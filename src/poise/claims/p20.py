@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.claims import Claim, Finding, Progress
+from poise.claims import Claim, Finding, Progress, real_pairs
 from poise.insight.likelihood_dynamics import LikelihoodMonitor, LikelihoodReport
 from poise.quantities import derive
 from poise.readouts.pair_scores import PairScores
@@ -54,6 +54,7 @@ WORDS = {
 }
 PAIRS, PROBED, STEPS, EVERY, BATCH, RATE, HIDDEN = 2000, 300, 200, 10, 128, 1e-3, 64
 GAIN = 0.05
+REAL = ("dpo(beta=0.1)", "flex_dpo(beta_chosen=0.1, beta_rejected=0.02)")
 """Mass by which Flex-DPO and sft must raise the chosen answers for the claim to hold."""
 
 
@@ -105,7 +106,7 @@ class WordResult:
 
 
 def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Finding:
-    """Measure toy and words (`full`: five seeds of words instead of two)."""
+    """Measure toy and words (`full`: five seeds of words instead of two, and real pairs)."""
     tell = progress or (lambda fraction, text: None)
     toy: dict[str, dict[str, ToyResult]] = {}
     policies: dict[str, float] = {}
@@ -119,7 +120,32 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
         rows.append(_words(derive(seed, "words", i)))
     words = {name: _mean([row[name] for row in rows]) for name in WORDS}
     reward_model = tuple(fmean(row["reward model"][i] for row in rows) for i in (0, 1))
-    return _judge(toy, policies, words, (reward_model[0], reward_model[1]))
+    finding = _judge(toy, policies, words, (reward_model[0], reward_model[1]))
+    return _with_real_pairs(finding, tell) if full else finding
+
+
+def _with_real_pairs(finding: Finding, progress: Progress) -> Finding:
+    """Add what a real language model does on real pairs; it contradicts the claim where Flex-DPO holds the chosen answers no higher."""
+    plain, flexible = real_pairs.study_of(REAL, progress).formulas
+    moved = []
+    for formula in (plain, flexible):
+        chosen, margin = (real_pairs.level(formula, name) for name in ("chosen_shift", "margin"))
+        moved.append((chosen, chosen - margin))
+    figures = {
+        f"real pairs/{name}/{side}": value
+        for name, pair in zip(("DPO", "Flex .02"), moved, strict=True)
+        for side, value in zip(("chosen", "rejected"), pair, strict=True)
+    }
+    measured = (
+        f"{finding.measured}; {real_pairs.SUBSET}: held-out chosen and rejected answers move by {moved[0][0]:+.2f} and {moved[0][1]:+.2f} nats "
+        f"under DPO, by {moved[1][0]:+.2f} and {moved[1][1]:+.2f} under Flex-DPO (beta- = .02)"
+    )
+    if moved[1][0] > moved[0][0]:
+        return replace(finding, measured=measured, figures={**finding.figures, **figures})
+    reason = "; ".join(
+        filter(None, (finding.reason, "on real pairs Flex-DPO holds the chosen answers no higher than DPO"))
+    )
+    return replace(finding, verdict="fails", measured=measured, reason=reason, figures={**finding.figures, **figures})
 
 
 def _judge(
