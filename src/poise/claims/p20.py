@@ -137,8 +137,8 @@ def _with_real_pairs(finding: Finding, progress: Progress) -> Finding:
         for side, value in zip(("chosen", "rejected"), pair, strict=True)
     }
     measured = (
-        f"{finding.measured}; {real_pairs.SUBSET}: held-out chosen and rejected answers move by {moved[0][0]:+.2f} and {moved[0][1]:+.2f} nats "
-        f"under DPO, by {moved[1][0]:+.2f} and {moved[1][1]:+.2f} under Flex-DPO (beta- = .02)"
+        f"{finding.measured}; {real_pairs.SUBSET}: held-out chosen and rejected answers move by {moved[0][0]:+.2f} and "
+        f"{moved[0][1]:+.2f} nats under DPO, by {moved[1][0]:+.2f} and {moved[1][1]:+.2f} under Flex-DPO (beta- = .02)"
     )
     if moved[1][0] > moved[0][0]:
         return replace(finding, measured=measured, figures={**finding.figures, **figures})
