@@ -135,6 +135,15 @@ Lora = Annotated[
     int | None,
     typer.Option("--lora", metavar="RANK", help="Train an adapter instead of all weights.", rich_help_panel=TRAINING),
 ]
+Reference = Annotated[
+    str,
+    typer.Option(
+        "--reference",
+        metavar="HOW",
+        help="live, or stored: log-probabilities of the start, computed once and kept.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Checkpointing = Annotated[
     bool,
     typer.Option(
@@ -298,6 +307,7 @@ def compare(
     accumulate: Accumulate = 1,
     lora: Lora = None,
     gradient_checkpointing: Checkpointing = False,
+    reference: Reference = "live",
     select: Select = "last",
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -355,6 +365,7 @@ def compare(
             accumulate=accumulate,
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
+            reference=reference,
             precision=precision,
             device=device,
             select=select,
@@ -596,6 +607,7 @@ def align(
     accumulate: Accumulate = 1,
     lora: Lora = None,
     gradient_checkpointing: Checkpointing = False,
+    reference: Reference = "live",
     device: Device = "auto",
     precision: Precision = "fp32",
     deterministic: Deterministic = False,
@@ -619,7 +631,7 @@ def align(
         data, formula, [seed], split=_shares(split), test_file=test, limit=limit, max_length=max_length,
         max_prompt_length=max_prompt_length, skip_bad=skip_bad, model=model, solver=solver, lr=lr, schedule=schedule,
         epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lora=lora,
-        gradient_checkpointing=gradient_checkpointing, precision=precision, device=device, deterministic=deterministic,
+        gradient_checkpointing=gradient_checkpointing, reference=reference, precision=precision, device=device, deterministic=deterministic,
         tune=0, leave_one_out=False, threads=threads or os.cpu_count() or 1,
     )  # fmt: skip
     return _fit_one(prepared, save, _terminal(quiet), log)

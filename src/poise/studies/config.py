@@ -64,6 +64,7 @@ class TrainingConfig(_Section):
     accumulate: int = Field(default=1, ge=1)
     lora: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool = False
+    reference: Literal["live", "stored"] = "live"
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
     select: Literal["last", "best"] = "last"
@@ -77,8 +78,12 @@ class TrainingConfig(_Section):
 
     def model_options(self) -> dict[str, Any]:
         """Return the options that only some models have, where they are not the defaults."""
-        options = {"lora": self.lora, "gradient_checkpointing": self.gradient_checkpointing}
-        return {name: value for name, value in options.items() if value}
+        options = {
+            "lora": self.lora,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "reference": self.reference,
+        }
+        return {name: value for name, value in options.items() if value and value != "live"}
 
 
 class TuningConfig(_Section):

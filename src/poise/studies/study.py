@@ -114,6 +114,7 @@ class Study:
         model: `auto`, `linear`, `mlp`, `cnn`, `package.module:factory`, or the folder of a language model.
         accumulate: micro-batches of a step. `lora`: rank of an adapter that is trained instead of all weights.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        reference: "live", or "stored" to compute a language model's reference values once and keep them in the user's cache.
         solver, solver_options, lr, schedule, epochs, steps, batch_size: training; what is left out is chosen for the
             data, the same for every formula, and written into `study.toml`.
         precision: `fp32` or `bf16`.
@@ -166,6 +167,7 @@ class Study:
         accumulate: int = 1,
         lora: int | None = None,
         gradient_checkpointing: bool = False,
+        reference: str = "live",
         precision: str = "fp32",
         device: str = "cpu",
         select: str = "last",
@@ -210,6 +212,7 @@ class Study:
                 "accumulate": accumulate,
                 "lora": lora,
                 "gradient_checkpointing": gradient_checkpointing,
+                "reference": reference,
                 "precision": precision,
                 "device": device,
                 "select": select,

@@ -124,6 +124,45 @@ def test_an_adapter_is_its_own_reference_and_is_merged_when_it_is_saved(
     assert (saved / "adapter").is_dir()
 
 
+@pytest.mark.parametrize("lora", [None, 2], ids=["all weights", "adapter"])
+def test_a_stored_reference_trains_as_the_live_one_does_and_is_not_computed_again(
+    file: Path, little_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: int | None
+) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path))
+    task = poise.load_task(file)
+    losses = []
+    for how in ("live", "stored", "stored"):
+        if losses[1:]:
+            monkeypatch.setattr("poise.tasks.language.reference._score", lambda *_: pytest.fail("computed twice"))
+        arguments = task.arguments(task.split(0), str(little_lm), seed=0, reference=how, lora=lora)
+        if how == "stored":
+            monkeypatch.setattr("poise.training.reference_for", lambda _: pytest.fail("a reference was made"))
+        run = poise.fit(objective="dpo", **arguments, solver="adamw", lr=1e-2, steps=3, batch_size=14)
+        losses.append(run.history["loss"])
+    assert len(list(tmp_path.glob("references/*.safetensors"))) == 1
+    assert losses[1] == losses[2]
+    # Batches of other lengths round differently.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_stored_reference_of_other_data_is_refused(file: Path, little_lm: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from poise.tasks.language import store_reference
+
+    task = poise.load_task(file)
+    split = task.split(0)
+    model = task.arguments(split, str(little_lm), seed=0)["model"]
+    data = split.tokens("valid")
+    store_reference(model, data, tmp_path, name="lm")
+    (stored,) = tmp_path.glob("*.safetensors")
+    save_file({name: values[:-1] for name, values in load_file(stored).items()}, stored)
+    with pytest.raises(InputError, match="of other data"):
+        store_reference(model, data, tmp_path, name="lm")
+    with pytest.raises(InputError, match="needs a name"):
+        store_reference(model, data, tmp_path, name="")
+
+
 def test_metrics_by_hand() -> None:
     def page(chosen: list[float], rejected: list[float], lengths: tuple[list[int], list[int]]) -> Pages:
         double = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731

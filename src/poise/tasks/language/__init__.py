@@ -22,6 +22,7 @@ _HOME = {
     "load_tiny": "tiny",
     "make_records": "records",
     "pad": "tokens",
+    "store_reference": "reference",
     "read_records": "records",
     "save_language_model": "models",
     "tiny_folder": "tiny",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from poise.cache import cache_folder
 from poise.errors import InputError
 from poise.frozen import FrozenModel
 from poise.quantities import derive, random_numbers
@@ -23,6 +24,7 @@ from poise.run import choose_device
 from poise.tasks.language.measure import Pages, metrics, profile, sample, score
 from poise.tasks.language.models import LanguageModel, add_lora, load_language_model, save_language_model
 from poise.tasks.language.records import Records, Text, read_records
+from poise.tasks.language.reference import store_reference
 from poise.tasks.language.tokens import TokenizedRecords, tokenize
 from poise.tasks.splits import check_fractions, group_split
 
@@ -187,7 +189,8 @@ class LanguageTask:
             seed: decides an adapter's start.
             device: where the model is put.
             options: `lora`, the rank of an adapter that is trained instead of all weights; `gradient_checkpointing`, to compute
-                activations twice instead of keeping them.
+                activations twice instead of keeping them; `reference`, "stored" to compute the reference's log-probabilities of the
+                training answers once and keep them in the user's cache.
         """
         lora: int | None = options.get("lora")
         split.forget()
@@ -198,11 +201,14 @@ class LanguageTask:
         if lora is not None:
             with random_numbers(seed):
                 policy = add_lora(policy, lora)
+        train = split.tokens("train")
+        if options.get("reference") == "stored":
+            train = store_reference(policy, train, cache_folder() / "references", name=self.model_code(model))
         # At the same shares of the run for every seed: the sizes of their training parts differ.
         small = self._small(model)
         return {
             "model": policy,
-            "train": split.tokens("train"),
+            "train": train,
             "evaluate": split.watch,
             "validate_every": 0.1 if small else 0.25,
             "log_every": 0.05 if small else 0.125,

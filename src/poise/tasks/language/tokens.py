@@ -13,6 +13,7 @@ Of every answer, `chosen`, `rejected` or `response`, an item holds the whole seq
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -50,6 +51,20 @@ class Ragged(Sequence[Tensor]):
         self.dtype = dtype
         self.offsets: list[int] = [0]
         self._growing = array(self._CODES[dtype])
+
+    @classmethod
+    def of(cls, values: Tensor, lengths: Tensor) -> Ragged:
+        """Cut one tensor into rows of these lengths.
+
+        Raises:
+            ValueError: they do not add up.
+        """
+        if int(lengths.sum()) != len(values):
+            raise ValueError(f"{len(values)} values are no rows of {int(lengths.sum())} in all")
+        made = cls(values.dtype)
+        made.offsets = [0, *lengths.cumsum(0).tolist()]
+        made.__dict__["values"] = values
+        return made
 
     def append(self, row: Sequence[float]) -> None:
         """Put a row behind the others."""
@@ -122,6 +137,7 @@ class TokenizedRecords(Dataset[Item]):
         self._prompts, self._ids, self._ranges = made.prompts, made.ids, made.ranges
         # Most answers are the model's own from end to end, and nothing has to be kept of that.
         self._own = {side: own for side, own in made.own.items() if not bool(own.values.all())}
+        self._reference: dict[str, Ragged] = {}
         self._scalars = _scalars(self.records, options.columns)
         self.fingerprint = _fingerprint(self.records, encoder, options)
 
@@ -148,11 +164,24 @@ class TokenizedRecords(Dataset[Item]):
             f"{side}_mask": mask,
             f"{side}_positions": (mask.cumsum(0) - 1).masked_fill(~mask, -1),
         }
+        if side in self._reference:
+            values = self._reference[side][index]
+            item[f"reference_{side}_logps"] = torch.cat([values.new_zeros(len(prompt)), values])
         for name in _RANGES:
             if f"{side}_{name}" in self._ranges:
                 values = self._ranges[f"{side}_{name}"][index]
                 item[f"{side}_{name}"] = torch.cat([values.new_zeros(len(prompt)), values * own])
         return item
+
+    def answer_lengths(self, side: str) -> Tensor:
+        """Return the tokens of each answer, int64, its end included."""
+        return self._ids[side].lengths
+
+    def with_reference(self, logps: Mapping[str, Ragged]) -> TokenizedRecords:
+        """Return the data with the reference's log-probability of each answer's tokens as `reference_<side>_logps`."""
+        made = copy.copy(self)
+        made._reference = dict(logps)
+        return made
 
     def collate(self, items: Sequence[Item]) -> Item:
         """Pad items to the longest of each side, as `padding` says.
