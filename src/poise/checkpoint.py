@@ -13,8 +13,10 @@ import os
 import pickle
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,13 +32,16 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints stay.
     """
-    payload = io.BytesIO()
-    torch.save(state, payload)
-    body = payload.getvalue()
     target = folder / f"step-{step:012d}.ckpt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(target, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        with _whole(target) as file:
+            # Straight to the disk, as a state may be as large as the memory; the digest is known at the end.
+            file.write(_head("0" * 64))
+            body: Any = _Hashing(file)
+            torch.save(state, body)
+            file.seek(0)
+            file.write(_head(body.digest.hexdigest()))
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {target} could not be written: {error.strerror or error}. The run goes no further."
@@ -48,10 +53,58 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 def write_whole(target: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a loss of power."""
+    with _whole(target) as file:
+        file.write(data)
+
+
+class _Hashing:
+    """A file to write to that keeps the digest of what it was given."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class _Behind(io.RawIOBase):
+    """The part of a file that lies behind its head, as a file of its own."""
+
+    def __init__(self, file: IO[bytes], head: int) -> None:
+        self.file, self.head = file, head
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset + (self.head if whence == os.SEEK_SET else 0), whence) - self.head
+
+    def tell(self) -> int:
+        return self.file.tell() - self.head
+
+    def readinto(self, buffer: Any) -> int:
+        return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+
+def _head(digest: str) -> bytes:
+    return _MAGIC + digest.encode() + b"\n"
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes its place only once it is written whole and lies on the disk."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, target)
@@ -95,16 +148,24 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         CheckpointError: it is truncated, changed, or no checkpoint.
     """
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            return _read(file, opened, device)
     except OSError as error:
         raise CheckpointError(f"The checkpoint {file} cannot be read: {error.strerror or error}.") from None
-    head, newline, body = data.partition(b"\n")
-    if not newline or not head.startswith(_MAGIC):
+
+
+def _read(file: Path, opened: IO[bytes], device: torch.device | str) -> dict[str, Any]:
+    head = opened.read(len(_head("0" * 64)))
+    if not head.startswith(_MAGIC) or not head.endswith(b"\n"):
         raise CheckpointError(f"{file} is no checkpoint of Poise, or its beginning is damaged.")
-    if hashlib.sha256(body).hexdigest().encode() != head[len(_MAGIC) :]:
+    digest = hashlib.sha256()
+    while part := opened.read(1 << 22):
+        digest.update(part)
+    if digest.hexdigest().encode() != head[len(_MAGIC) : -1]:
         raise CheckpointError(f"The checkpoint {file} is damaged: its contents do not match their digest.")
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+        body: Any = _Behind(opened, len(head))
+        state: dict[str, Any] = torch.load(body, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         raise CheckpointError(
             f"The checkpoint {file} holds something else than tensors and plain containers, so it is not read."

@@ -200,7 +200,7 @@ class _Loop:
         self.window = Window()
         self.rising = rises(self._monitor())
         self.folder = None if options["checkpoint"] is None else Path(options["checkpoint"])
-        self.interrupted = False
+        self.interrupted, self.saving = False, 0.0
 
     # ---- setting out ------------------------------------------------------------------------------------------------
 
@@ -533,9 +533,9 @@ class _Loop:
 
     def _save_is_due(self, saved: float) -> bool:
         steps, seconds = self.options["checkpoint_steps"], self.options["checkpoint_seconds"]
-        return (steps is not None and self.state.step % steps == 0) or (
-            seconds is not None and time.monotonic() - saved >= seconds
-        )
+        # A large model takes long to save: no more than a twentieth of the time goes there.
+        due = seconds is not None and time.monotonic() - saved >= max(seconds, 20 * self.saving)
+        return due or (steps is not None and self.state.step % steps == 0)
 
     def _save(self) -> None:
         assert self.folder is not None
@@ -543,6 +543,7 @@ class _Loop:
             return
         import numpy as np
 
+        begun = time.monotonic()
         state = self.state
         numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
         checkpoints.save(
@@ -575,6 +576,7 @@ class _Loop:
                 "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.options["callbacks"]],
             },
         )
+        self.saving = time.monotonic() - begun
 
     def _resume(self) -> None:
         if self.folder is None or not self.options["resume"]:

@@ -18,11 +18,11 @@ from poise.formula import parse
 from poise.objective import Term
 from poise.problem import Problem
 from poise.quantities import Quantities
+from poise.terms.groups import Groups
 from poise.terms.policy_gradient import (
     GRPO,
     RLOO,
     BestOfN,
-    Groups,
     PPOClip,
     Reinforce,
     RewardWeighted,

@@ -102,7 +102,8 @@ def test_both_forms_have_one_gradient_wherever_the_floor_does_not_act(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-30)
     else:
         assert float(a) == pytest.approx(-floor)
-        assert abs(float(b)) <= floor * (1 + 1e-6)
+        # Below the smallest normal number one form rounds to 0 sooner than the other.
+        assert abs(float(b)) <= floor * (1 + 1e-6) + torch.finfo(dtype).tiny
 
 
 def test_the_exact_form_passes_a_check_by_finite_differences() -> None:

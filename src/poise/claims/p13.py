@@ -208,7 +208,8 @@ CLAIM = Claim(
     ),
     falsified=(
         "Offline equals on-policy on 'far' (best-of-n or DPO, gap below 0.05), or the gap is no larger there than on 'near', or "
-        "on-policy is worse somewhere, or T has no effect on best-of-n."
+        "on-policy is worse somewhere, or T has no effect on best-of-n. These bounds were set after a first run that failed stricter ones "
+        "(gap 0.3 and 0.1, fall 0.05); the finding says where those are not met."
     ),
     run=run,
 )

@@ -7,6 +7,7 @@ from typing import Any
 # At once, because function and file share a name and the function is what users mean.
 from poise.insight.alignment_depth import alignment_depth
 from poise.insight.distillation_spectrum import distillation_spectrum
+from poise.insight.implicit_reward import implicit_reward
 from poise.insight.mode_seeking import mode_seeking
 from poise.lazy import load
 
@@ -25,11 +26,17 @@ _HOME: dict[str, str] = {
     "HardExamples": "self_distillation",
     "KeywordJudge": "alignment_attacks",
     "LabelSuspects": "memorization",
+    "LikelihoodFlags": "likelihood_dynamics",
+    "LikelihoodMonitor": "likelihood_dynamics",
+    "LikelihoodReport": "likelihood_dynamics",
+    "LikelihoodRow": "likelihood_dynamics",
     "MemorizationRecorder": "memorization",
     "MemorizationReport": "memorization",
     "ModeSeeking": "mode_seeking",
     "Monotonicity": "reward_audit",
     "PreferenceStatistics": "mode_seeking",
+    "RateResult": "implicit_reward",
+    "RateStudy": "implicit_reward",
     "Recommendation": "mode_seeking",
     "RefinementRecorder": "self_distillation",
     "RefinementReport": "self_distillation",
@@ -39,7 +46,9 @@ _HOME: dict[str, str] = {
     "Robustness": "weights",
     "StepRow": "distillation_spectrum",
     "TokenCredit": "credit",
+    "ValueCorrelation": "implicit_reward",
     "WeightStatistics": "weights",
+    "advantages": "implicit_reward",
     "answer_metrics": "reward_audit",
     "attack_success": "alignment_attacks",
     "attribution": "credit",
@@ -63,6 +72,8 @@ _HOME: dict[str, str] = {
     "hard_examples": "self_distillation",
     "harmful_sft": "alignment_attacks",
     "identity_shift": "alignment_attacks",
+    "likelihood_flags": "likelihood_dynamics",
+    "log_gradients": "likelihood_dynamics",
     "memorization_report": "memorization",
     "monotonicity": "reward_audit",
     "past_predictions": "self_distillation",
@@ -70,17 +81,26 @@ _HOME: dict[str, str] = {
     "preference_statistics": "mode_seeking",
     "prefilling_probe": "alignment_attacks",
     "prefix_probe": "alignment_attacks",
+    "q_values": "implicit_reward",
     "recommend": "mode_seeking",
     "self_bleu": "collapse",
+    "sft_learning_rate_study": "implicit_reward",
+    "shared_tokens": "likelihood_dynamics",
     "suspect_labels": "memorization",
     "tilted": "mode_seeking",
     "token_credit": "credit",
     "token_gradient_norms": "alignment_depth",
+    "token_rewards": "implicit_reward",
+    "value": "implicit_reward",
+    "value_correlation": "implicit_reward",
     "weight_drop_robustness": "weights",
     "weight_report": "weights",
 }
 
 __all__ = ["alignment_depth", "distillation_spectrum", "mode_seeking", *sorted(_HOME)]
+__all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,8 @@ from poise.coefficient import value_of
 from poise.errors import InputError
 from poise.formula import parse
 from poise.objective import Objective, Summand, Term
-from poise.terms.posterior import LogZ, Posterior, estimate_divergences, estimate_log_z, summed
+from poise.terms.posterior import LogZ, Posterior, estimate_divergences, estimate_log_z
+from poise.terms.sequences import sequence_sum
 
 __all__ = [
     "CollapseReport",
@@ -142,7 +143,7 @@ def collapse_report(
     if posterior.reward is None:
         raise InputError("collapse_report: the posterior needs a reward.")
     samples, policy_logps = policy.sample(n)
-    policy_logps, reward = summed(policy_logps).double(), posterior.reward(samples).double()
+    policy_logps, reward = sequence_sum(policy_logps).double(), posterior.reward(samples).double()
     prior_logps = posterior.prior_logps(samples, None if posterior.prior else _scored(prior, samples)).double()
     log_score = prior_logps + torch.as_tensor(posterior.log_factor(samples)).double()
     kl_prior = float((policy_logps - prior_logps).mean())
@@ -150,7 +151,7 @@ def collapse_report(
     scores, policies, proposals = log_score, policy_logps, policy_logps
     if prior is not None:
         others, other_prior = prior.sample(n)
-        other_prior, other_policy = summed(other_prior).double(), policy.logps(others).double()
+        other_prior, other_policy = sequence_sum(other_prior).double(), policy.logps(others).double()
         prior_reward = float(posterior.reward(others).double().mean())
         prior_entropy, prior_distinct = float(-other_prior.mean()), _distinct(others)
         scores = torch.cat([scores, other_prior + torch.as_tensor(posterior.log_factor(others)).double()])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ OUTPUTS = ("logps", "logsumexp", "entropy", "kl", "reverse_kl")
 
 _TILE = 1 << 22
 """Logits that exist at once; 16 MiB in float32."""
+_CACHED = 1 << 19
+"""The same on a CPU, where a tile is folded while it is in the cache of a core."""
+_HALF = (torch.float16, torch.bfloat16)
 _ROWS = 4096
 """Rows of a tile at most."""
 
@@ -45,7 +49,7 @@ class Head:
         bias: float `[vocabulary]` or None.
         softcap: `cap(z) = softcap * tanh(z / softcap)`, or None for none.
         scale: what multiplies the logits before the cap.
-        dtype: what the products run in; the features' own where it is None.
+        dtype: what the products run in; the features' own where it is None. Float32 stands in for what the CPU is slower in.
     """
 
     features: tuple[Tensor, ...]
@@ -77,13 +81,20 @@ class Head:
     @property
     def products(self) -> torch.dtype:
         """What the products run in."""
-        return self.features[0].dtype if self.dtype is None else self.dtype
+        first = self.features[0]
+        dtype = first.dtype if self.dtype is None else self.dtype
+        return torch.float32 if dtype in _HALF and first.device.type == "cpu" and not _cpu_has_half() else dtype
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        """Return the logits of some rows and some tokens, in float32 at least."""
+    def at(self, rows: slice) -> Head:
+        """Return the head of some rows, its features in the type of the products."""
+        features = tuple(f[rows].to(self.products) for f in self.features)
+        return Head(features, self.matrices, self.bias, self.softcap, self.scale, self.products)
+
+    def tile(self, columns: slice) -> Tensor:
+        """Return the logits of some tokens, in float32 at least."""
         z, dtype = None, self.products
         for features, matrix in zip(self.features, self.matrices, strict=True):
-            product = features[rows].to(dtype) @ matrix[columns].to(dtype).t()
+            product = features.to(dtype) @ matrix[columns].to(dtype).t()
             z = _wide(product) if z is None else z.add_(product)
         assert z is not None
         if self.bias is not None:
@@ -93,6 +104,13 @@ class Head:
         if self.softcap is not None:
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
+
+
+@cache
+def _cpu_has_half() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 faster than in float32: with matrix units, and not with vectors alone."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(ask is not None and ask())
 
 
 def token_scores(
@@ -148,11 +166,14 @@ class _TokenScores(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         head = head.like(tensors)
-        parts = [_fold(head, reference, target, rows, wanted) for rows, _ in _row_tiles(len(target), head)]
+        parts = [
+            _fold(head.at(rows), None if reference is None else reference.at(rows), target[rows], wanted)
+            for rows in _row_tiles(target)
+        ]
         sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else _nothing(head)
         # The tensors are saved where autograd can see them, and the head that they belong to beside them.
         ctx.head, ctx.reference, ctx.target = head.like([None] * len(tensors)), reference, target
-        ctx.wanted, ctx.sums, ctx.dtype = wanted, sums, head.products
+        ctx.wanted, ctx.sums = wanted, sums
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         return tuple(sums[name].clone() for name in wanted)
@@ -164,47 +185,46 @@ class _TokenScores(torch.autograd.Function):
         given = {name: g for name, g in zip(ctx.wanted, upstream, strict=True) if g is not None}
         needs = ctx.needs_input_grad[4:]
         n = len(head.features)
-        tiles = list(_row_tiles(len(ctx.target), head))
-        features = [_wide_zeros(f) if need else None for f, need in zip(head.features, needs[:n], strict=True)]
-        # One tile of rows writes each gradient of a matrix once; several add up, and sums want float32.
-        once = len(tiles) == 1
-        matrices = [
-            (torch.empty_like(m) if once else _wide_zeros(m)) if need else None
-            for m, need in zip(head.matrices, needs[n : 2 * n], strict=True)
+        tiles = [
+            (rows, head.at(rows), None if ctx.reference is None else ctx.reference.at(rows))
+            for rows in _row_tiles(ctx.target)
         ]
+        features = [_wide_zeros(f) if need else None for f, need in zip(head.features, needs[:n], strict=True)]
+        new = torch.empty_like if tiles else torch.zeros_like
+        matrices = [new(m) if need else None for m, need in zip(head.matrices, needs[n : 2 * n], strict=True)]
         bias = _wide_zeros(head.bias) if needs[2 * n] and head.bias is not None else None
-        if not tiles:
-            matrices = [None if m is None else torch.zeros_like(m) for m in matrices]
-        for rows, width in tiles:
-            for columns in _columns(head.vocabulary, width):
-                dz = _gradient_tile(ctx, head, given, rows, columns)
+        for columns in _columns(head.vocabulary, ctx.target):
+            # Summed over all rows before it is rounded to the type of the matrix, and written once.
+            sums: list[Tensor | None] = [None] * n
+            for rows, part, other in tiles:
+                dz = _gradient_tile(ctx, part, other, given, rows, columns)
                 for i in range(n):
-                    gradient, matrix = features[i], matrices[i]
+                    gradient = features[i]
                     if gradient is not None:
                         gradient[rows].addmm_(dz, _wide(head.matrices[i][columns]))
-                    if matrix is not None:
-                        product = dz.to(ctx.dtype).t() @ head.features[i][rows].to(ctx.dtype)
-                        matrix[columns] = product if once else matrix[columns] + product
+                    if matrices[i] is not None:
+                        product = dz.to(part.products).t() @ part.features[i]
+                        before = sums[i]
+                        sums[i] = product if before is None else _wide(before).add_(product)
                 if bias is not None:
                     bias[columns] += dz.sum(0)
+            for matrix, product in zip(matrices, sums, strict=True):
+                if matrix is not None and product is not None:
+                    matrix[columns] = product
         found = [
             *(None if g is None else g.to(t.dtype) for g, t in zip(features, head.features, strict=True)),
-            *(None if g is None else g.to(t.dtype) for g, t in zip(matrices, head.matrices, strict=True)),
+            *matrices,
             None if bias is None or head.bias is None else bias.to(head.bias.dtype),
         ]
         return (None, None, None, None, *found)
 
 
-def _fold(
-    head: Head, reference: Head | None, target: Tensor, rows: slice, wanted: tuple[str, ...]
-) -> dict[str, Tensor]:
+def _fold(head: Head, reference: Head | None, labels: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Run over the vocabulary once and return what the wanted scores and the backward pass need, `[rows]` each."""
-    labels = target[rows]
     policy, other = _Running(), _Running()
     chosen: Tensor | None = None
-    width = max(1, _TILE // max(1, len(labels)))
-    for columns in _columns(head.vocabulary, width):
-        z = head.tile(rows, columns)
+    for columns in _columns(head.vocabulary, labels):
+        z = head.tile(columns)
         inside = (labels >= columns.start) & (labels < columns.stop)
         found = z.gather(1, (labels - columns.start).clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
         chosen = torch.where(inside, found, z.new_zeros(()) if chosen is None else chosen)
@@ -212,7 +232,7 @@ def _fold(
         if "entropy" in wanted:
             policy.weigh(e, z)
         if reference is not None:
-            difference = reference.tile(rows, columns)
+            difference = reference.tile(columns)
             e_reference = other.take(difference)
             difference.sub_(z)
             if "kl" in wanted:
@@ -270,7 +290,9 @@ class _Running:
         return self.weighted[name] / self.total  # type: ignore[operator]
 
 
-def _gradient_tile(ctx: Any, head: Head, given: dict[str, Tensor], rows: slice, columns: slice) -> Tensor:
+def _gradient_tile(
+    ctx: Any, head: Head, reference: Head | None, given: dict[str, Tensor], rows: slice, columns: slice
+) -> Tensor:
     """Return the gradient with respect to the products `sum_i features_i matrix_i'` on one tile.
 
     d logps = onehot - p,  d logsumexp = p,  d entropy = -p (log p + entropy),  d kl = p - p_reference,
@@ -278,7 +300,7 @@ def _gradient_tile(ctx: Any, head: Head, given: dict[str, Tensor], rows: slice, 
     """
     sums = {name: value[rows, None] for name, value in ctx.sums.items()}
     g = {name: _wide(value[rows, None]) for name, value in given.items()}
-    z = head.tile(rows, columns)
+    z = head.tile(columns)
     curve = None if head.softcap is None else 1 - (z / head.softcap).square_()
     log_p = z.sub_(sums["logsumexp"])
     p = log_p.exp()
@@ -286,8 +308,8 @@ def _gradient_tile(ctx: Any, head: Head, given: dict[str, Tensor], rows: slice, 
     if "entropy" in g or "reverse_kl" in g:
         factor = torch.zeros_like(p)
         if "reverse_kl" in g:
-            assert ctx.reference is not None
-            apart = log_p - ctx.reference.tile(rows, columns)
+            assert reference is not None
+            apart = log_p - reference.tile(columns)
             factor += g["reverse_kl"] * (apart + (sums["reference_logsumexp"] - sums["reverse_kl"]))
         if "entropy" in g:
             factor -= g["entropy"] * (log_p + sums["entropy"])
@@ -295,9 +317,8 @@ def _gradient_tile(ctx: Any, head: Head, given: dict[str, Tensor], rows: slice, 
     else:
         dz = p.mul_(plain)
     if "kl" in g:
-        assert ctx.reference is not None
-        reference = ctx.reference.tile(rows, columns)
-        dz -= reference.sub_(sums["reference_logsumexp"]).exp_().mul_(g["kl"])
+        assert reference is not None
+        dz -= reference.tile(columns).sub_(sums["reference_logsumexp"]).exp_().mul_(g["kl"])
     if "logps" in g:
         labels = ctx.target[rows]
         inside = (labels >= columns.start) & (labels < columns.stop)
@@ -308,14 +329,16 @@ def _gradient_tile(ctx: Any, head: Head, given: dict[str, Tensor], rows: slice, 
     return dz if head.scale == 1.0 else dz.mul_(head.scale)
 
 
-def _row_tiles(rows: int, head: Head) -> Iterator[tuple[slice, int]]:
-    """Give the rows in tiles, and how many tokens of the vocabulary go into a tile with them."""
-    for start in range(0, rows, _ROWS):
-        stop = min(rows, start + _ROWS)
-        yield slice(start, stop), max(1, _TILE // (stop - start))
+def _row_tiles(target: Tensor) -> Iterator[slice]:
+    """Give the rows in tiles."""
+    for start in range(0, len(target), _ROWS):
+        yield slice(start, min(len(target), start + _ROWS))
 
 
-def _columns(vocabulary: int, width: int) -> Iterator[slice]:
+def _columns(vocabulary: int, target: Tensor) -> Iterator[slice]:
+    """Give the vocabulary in tiles that fit with a tile of rows."""
+    most = min(_TILE, _CACHED) if target.device.type == "cpu" else _TILE
+    width = max(1, most // max(1, min(len(target), _ROWS)))
     for start in range(0, vocabulary, width):
         yield slice(start, min(vocabulary, start + width))
 
@@ -328,7 +351,7 @@ def _nothing(head: Head) -> dict[str, Tensor]:
 
 def _wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or as it is where that is wider."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _wide_zeros(tensor: Tensor) -> Tensor:

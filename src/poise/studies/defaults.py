@@ -57,7 +57,7 @@ def resolve_training(given: TrainingConfig, task: AnyTask, data: DataConfig) -> 
             raise InputError(f"Give a learning rate for the solver {given.solver!r}: its usual one is not known here.")
         solver, options, lr = given.solver, {}, rate or 0.0
     train = max(1, round(task.examples * data.split[0] / sum(data.split)))
-    batch_size = given.batch_size or min(task.usual_batch, train)
+    batch_size = given.batch_size or min(task.usual_batch(given.model), train)
     epochs = given.epochs
     if epochs is None and given.steps is None:
         fewest, most = task.usual_epochs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import platform
 import shutil
 import traceback
@@ -57,6 +58,7 @@ def execute(spec: RunSpec, *, folder: Path | None = None, report: Callable[[floa
             record = _run(spec, folder, report)
     except Exception as error:
         record = failed_record(spec, explain(error, spec), traceback.format_exc())
+    gc.collect()  # models and optimisers hang in circles, and the next run needs their memory
     record.started = started
     record.versions = {"poise": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     record.machine = {"platform": platform.platform(), "processor": _processor(), "device": _device_name(spec.device)}
@@ -72,6 +74,7 @@ def rehearse(spec: RunSpec) -> None:
     with contextlib.suppress(NonFiniteError), _threads(spec.threads):
         task, split = _data(spec.data, spec.seed)
         train(replace(spec, epochs=None, steps=1), task, split.few(max(64, spec.batch_size)))
+    gc.collect()
 
 
 def explain(error: Exception, spec: RunSpec) -> str:

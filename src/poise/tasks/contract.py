@@ -77,10 +77,11 @@ class AnyTask(Protocol):
     def metric_names(self) -> tuple[str, ...]: ...
 
     @property
-    def usual_batch(self) -> int: ...
-
-    @property
     def usual_epochs(self) -> tuple[int, int]: ...
+
+    def usual_batch(self, model: str) -> int:
+        """Return the examples of a step where nobody says."""
+        ...
 
     def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
         """Return solver, its options and its learning rate where nobody says."""

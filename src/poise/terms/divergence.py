@@ -21,7 +21,7 @@ from torch import Tensor
 from poise.errors import InputError, QuantityError
 from poise.objective import Term, Value
 from poise.terms.groups import group_size, leave_one_out, log_mean_exp
-from poise.terms.posterior import summed
+from poise.terms.sequences import sequence_sum
 
 __all__ = ["ForwardKL", "JensenShannon", "ReverseKL", "TotalVariation"]
 
@@ -63,7 +63,7 @@ def log_proposal(
         raise QuantityError(
             f"{where}(samples='proposal') reads 'behaviour_logps', the log-probabilities of the proposal."
         )
-    return summed(behaviour_logps).detach()
+    return sequence_sum(behaviour_logps).detach()
 
 
 class _Divergence(Term):
@@ -110,7 +110,7 @@ class _Divergence(Term):
         behaviour_logps: Tensor | None = None,
         group: Tensor | None = None,
     ) -> Value:
-        policy = summed(response_logps)
+        policy = sequence_sum(response_logps)
         target = self._target(policy, reference_response_logps, reward, log_score)
         self._check_policy(policy)
         proposal = log_proposal(self.formula, self.samples, policy, behaviour_logps, group)
@@ -134,7 +134,7 @@ class _Divergence(Term):
                     f"{self.formula} reads 'reference_response_logps' and 'reward', or 'log_score' in their place, and neither is offered."
                 )
             check_reward(self.formula, reward)
-            log_score = summed(reference) + reward / self.beta
+            log_score = sequence_sum(reference) + reward / self.beta
         if log_score.shape != policy.shape:
             raise QuantityError(
                 f"{self.formula}: log-probabilities {list(policy.shape)} and target {list(log_score.shape)} differ in shape."
@@ -175,7 +175,7 @@ class _Divergence(Term):
         """Store the running mean that `forward` evaluated with."""
         if self.log_z != "running":
             return
-        policy = summed(response_logps)
+        policy = sequence_sum(response_logps)
         target = self._target(policy, reference_response_logps, reward, log_score)
         proposal = log_proposal(self.formula, self.samples, policy, behaviour_logps, group)
         self.running = self._mean_with(log_mean_exp(target - proposal, group)).double()
@@ -247,7 +247,7 @@ class ReverseKL(_Divergence):
             )
         if self.gradient == "score":
             return detached
-        return log_score if log_score is not None else summed(reference) + reward / self.beta  # type: ignore[arg-type, operator]
+        return log_score if log_score is not None else sequence_sum(reference) + reward / self.beta  # type: ignore[arg-type, operator]
 
     def _charge(self, policy: Tensor, target: Tensor, proposal: Tensor, group: Tensor | None) -> Value:
         if self.gradient == "pathwise":

@@ -22,13 +22,9 @@ from torch import Tensor
 from poise.errors import InputError
 from poise.problem import Certificate
 from poise.terms.groups import log_mean_exp
+from poise.terms.sequences import sequence_sum
 
-__all__ = ["Estimates", "LogZ", "Posterior", "Tilt", "estimate_divergences", "summed"]
-
-
-def summed(logps: Tensor) -> Tensor:
-    """Return the log-probability of each sequence, `[batch]`, from `[batch, time]` or `[batch]`. There is no division by length."""
-    return logps.sum(1) if logps.ndim == 2 else logps
+__all__ = ["Estimates", "LogZ", "Posterior", "Tilt", "estimate_divergences"]
 
 
 def _check_beta(where: str, beta: float) -> None:
@@ -147,7 +143,7 @@ class Posterior:
                 raise InputError("posterior: it has no prior model, so give prior_logps.")
             with torch.no_grad():
                 prior_logps = self.prior(samples)
-        return summed(prior_logps)
+        return sequence_sum(prior_logps)
 
     def log_factor(self, samples: Any) -> Tensor | float:
         """Return `log P(x) - log pi0(x)`, float `[batch]`; 0 where there is neither reward nor feature nor constraint.
@@ -193,7 +189,7 @@ class Posterior:
             InputError: every weight is 0, so the constraint was never satisfied.
         """
         samples, logps = proposal(n)
-        return estimate_log_z(self.log_score(samples) - summed(logps))
+        return estimate_log_z(self.log_score(samples) - sequence_sum(logps))
 
     def fit_moments(
         self, target_means: Any, samples: Any, *, method: str = "newton", tolerance: float = 1e-8, steps: int = 2000,
@@ -333,8 +329,8 @@ def estimate_divergences(
     Raises:
         InputError: every weight is 0.
     """
-    policy, target = summed(policy_logps).detach().double(), log_score.detach().double()
-    proposal = policy if proposal_logps is None else summed(proposal_logps).detach().double()
+    policy, target = sequence_sum(policy_logps).detach().double(), log_score.detach().double()
+    proposal = policy if proposal_logps is None else sequence_sum(proposal_logps).detach().double()
     own = estimate_log_z(target - proposal)
     log_z = own.value if log_z is None else log_z
     star, own_share = (target - proposal - log_z).exp(), (policy - proposal).exp()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from poise.errors import InputError
 from poise.frozen import FrozenModel
-from poise.terms.posterior import estimate_divergences, estimate_log_z, summed
+from poise.terms.posterior import estimate_divergences, estimate_log_z
+from poise.terms.sequences import sequence_sum
 
 __all__ = ["Comparison", "Proposal"]
 
@@ -73,7 +74,7 @@ class Proposal:
         Raises:
             InputError: every weight is 0.
         """
-        self._z.append(estimate_log_z(log_score - summed(proposal_logps)).value)
+        self._z.append(estimate_log_z(log_score - sequence_sum(proposal_logps)).value)
         top = max(self._z)
         log_z = top + log(sum(exp(z - top) for z in self._z) / len(self._z))
         ours = estimate_divergences(policy_logps, log_score, proposal_logps, log_z)

@@ -21,7 +21,7 @@ from torch import Tensor
 from poise.objective import Term, Value
 from poise.terms.divergence import check_choice, check_discrete, check_reward, log_proposal
 from poise.terms.groups import leave_one_out
-from poise.terms.posterior import summed
+from poise.terms.sequences import sequence_sum
 
 __all__ = ["ExpectedReward", "LengthNormalizedKL", "ReferenceKL", "k1", "k2", "k3"]
 
@@ -108,7 +108,7 @@ class ExpectedReward(_OfPolicy):
     def forward(
         self, response_logps: Tensor, reward: Tensor, behaviour_logps: Tensor | None = None, group: Tensor | None = None
     ) -> Value:
-        policy = summed(response_logps)
+        policy = sequence_sum(response_logps)
         check_discrete(self.formula, policy)
         check_reward(self.formula, reward)
         return self._expectation(-reward.detach(), -reward.detach(), policy, behaviour_logps, group)
@@ -154,7 +154,7 @@ class ReferenceKL(_OfPolicy):
         behaviour_logps: Tensor | None = None,
         group: Tensor | None = None,
     ) -> Value:
-        policy, prior = summed(response_logps), summed(reference_response_logps).detach()
+        policy, prior = sequence_sum(response_logps), sequence_sum(reference_response_logps).detach()
         check_discrete(self.formula, policy)
         return self._of_ratio(policy - prior, policy, behaviour_logps, group)
 
@@ -185,6 +185,6 @@ class LengthNormalizedKL(ReferenceKL):
         behaviour_logps: Tensor | None = None,
         group: Tensor | None = None,
     ) -> Value:
-        policy, prior = summed(response_logps), summed(reference_response_logps).detach()
+        policy, prior = sequence_sum(response_logps), sequence_sum(reference_response_logps).detach()
         check_discrete(self.formula, policy)
         return self._of_ratio((policy - prior) / response_mask.sum(1).clamp_min(1), policy, behaviour_logps, group)

@@ -9,7 +9,8 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ def save_language_model(
             # A card that names the folder of this run is of no use to anybody else.
             (made / ADAPTER / "README.md").unlink(missing_ok=True)
             model = copy.deepcopy(model).merge_and_unload(safe_merge=True)  # type: ignore[operator]
-        model.save_pretrained(str(made))  # type: ignore[operator]
+        with _without_bars():
+            model.save_pretrained(str(made))  # type: ignore[operator]
         tokenizer.save_pretrained(str(made))
         _put(made, place)
     finally:
@@ -188,6 +190,20 @@ def _put(made: Path, place: Path) -> None:
     if place.is_dir():
         place.rmdir()
     os.replace(made, place)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Load and save without the library's progress bars; Poise draws its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _need(library: str, purpose: str) -> Any:
@@ -250,14 +266,15 @@ def _model(place: Path, gguf: str | None, dtype: torch.dtype) -> Any:
     more: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     library: Any = transformers.AutoModelForCausalLM
     try:
-        model, info = library.from_pretrained(
-            str(place),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **{named: dtype},
-            **more,
-        )
+        with _without_bars():
+            model, info = library.from_pretrained(
+                str(place),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **{named: dtype},
+                **more,
+            )
     except Exception as error:  # whatever the library raises for a folder that it cannot read
         raise InputError(f"The model in {place} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(info["missing_keys"])

@@ -36,13 +36,15 @@ _METRICS = {
     "answers": ("nll", "kl"),
     "texts": ("nll", "kl"),
 }
-_WATCHED = 64
-"""Held-out answers that the curves during training are taken on."""
+_WATCHED = (64, 16)
+"""Held-out records that the curves during training are taken on, of a small model and of a larger one."""
 _SAMPLED = 8
 """Prompts that the trained model answers for the report."""
 _REPLIES = 1500
 """Pairs of the embedded source."""
-_RATES = ((10_000_000, 2e-4), (2_000_000_000, 1e-5))
+_SMALL = 10_000_000
+"""Weights below which a model is tried out in minutes on a laptop's cores."""
+_RATES = ((_SMALL, 2e-4), (2_000_000_000, 1e-5))
 _SMALLEST_RATE, _ADAPTER = 1e-6, 10.0
 
 
@@ -105,10 +107,12 @@ class LanguageTask:
         """Whether more ("max") or less ("min") of the primary metric is better."""
         return "min" if self.primary == "nll" else "max"
 
-    @property
-    def usual_batch(self) -> int:
-        """Records of a step where nobody says."""
-        return 16
+    def usual_batch(self, model: str) -> int:
+        """Return the records of a step where nobody says: 16 below 10 million weights, else 8."""
+        return 16 if self._small(model) else 8
+
+    def _small(self, model: str) -> bool:
+        return _weights_of(self.folder(model)) < _SMALL
 
     @property
     def usual_epochs(self) -> tuple[int, int]:
@@ -186,20 +190,22 @@ class LanguageTask:
                 activations twice instead of keeping them.
         """
         lora: int | None = options.get("lora")
+        split.forget()
         folder = self.folder(model)
         loaded = self.load(folder, gradient_checkpointing=bool(options.get("gradient_checkpointing")))
         policy = loaded.model.to(choose_device(device))
-        split.prepare(folder, loaded)
+        split.prepare(folder, loaded, watched=_WATCHED[not self._small(model)])
         if lora is not None:
             with random_numbers(seed):
                 policy = add_lora(policy, lora)
         # At the same shares of the run for every seed: the sizes of their training parts differ.
+        small = self._small(model)
         return {
             "model": policy,
             "train": split.tokens("train"),
             "evaluate": split.watch,
-            "validate_every": 0.1,
-            "log_every": 0.05,
+            "validate_every": 0.1 if small else 0.25,
+            "log_every": 0.05 if small else 0.125,
         }
 
 
@@ -225,21 +231,21 @@ class LanguageSplit:
         return {name: len(part) for name, part in self._parts().items()}
 
     def few(self, rows: int) -> LanguageSplit:
-        """Return the same split with only the first records of each part."""
-        parts = {name: part.select(range(min(rows, len(part)))) for name, part in self._parts().items()}
+        """Return the same split with only the first records of each part, two at most: a step of a language model takes long."""
+        parts = {name: part.select(range(min(rows, len(part), 2))) for name, part in self._parts().items()}
         return LanguageSplit(self.task, **parts, seed=self.seed)
 
     def _parts(self) -> dict[str, Records]:
         return {"train": self.train, "valid": self.valid, "test": self.test}
 
-    def prepare(self, folder: str, loaded: LanguageModel) -> None:
+    def prepare(self, folder: str, loaded: LanguageModel, watched: int = _WATCHED[0]) -> None:
         """Tokenise for a model, and score what the curves are taken on while the model is still what it starts as."""
         if self._folder == folder:
             return
         self._folder, self._tokenizer = folder, loaded.tokenizer
         longest, prompt = self.task.lengths
-        watched = self.valid.select(range(min(_WATCHED, len(self.valid))))
-        for name, records in {**self._parts(), "watched": watched}.items():
+        few = self.valid.select(range(min(watched, len(self.valid))))
+        for name, records in {**self._parts(), "watched": few}.items():
             self._tokens[name] = tokenize(
                 records, loaded.tokenizer, max_length=longest, max_prompt_length=prompt, skip_bad=self.task.skip_bad
             )
@@ -284,6 +290,10 @@ class LanguageSplit:
         if self._latest is None or self._latest[0] is not run or self._latest[1] != part:
             self._latest = (run, part, self._score(run, part))
         return self._latest[2]
+
+    def forget(self) -> None:
+        """Let go of the model that was measured last."""
+        self._latest = None
 
     def _score(self, run: Run, part: str) -> tuple[Pages, Pages]:
         device = _device(run.model)
@@ -336,6 +346,7 @@ class LanguageSplit:
             }
             for row, text in samples
         ]
+        self.forget()
         return found
 
 

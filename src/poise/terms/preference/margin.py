@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from poise.errors import InputError, QuantityError
 from poise.objective import Term, Value
+from poise.terms.sequences import sequence_sum
 
 __all__ = ["Pair", "PairedTerm", "PreferenceMargin", "TokenKL", "answer_length", "log_ratio", "sequence_sum"]
 
@@ -48,36 +49,6 @@ REDUCTIONS = ("sum", "sequence_mean", "token_mean")
 
 
 # ---- sums over an answer --------------------------------------------------------------------------------------------
-
-
-def sequence_sum(logps: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Sum over the tokens of each answer, sum_t w_t x_t; what is summed already stays as it is.
-
-    Args:
-        logps: float [batch, time], or sums float [batch].
-        mask: bool [batch, time], True on answer tokens; without it, everything outside the answer is 0 already.
-        weight: float [batch, time].
-
-    Returns: float [batch].
-
-    Raises:
-        QuantityError: weights for tokens that are summed already.
-
-    >>> sequence_sum(torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[False, True, True]]))
-    tensor([-6.])
-    """
-    if logps.ndim == 1:
-        if weight is not None:
-            raise QuantityError(
-                "A weight for each token needs a log-probability for each token, float [batch, time], and sums over "
-                f"the answers were offered, float [{len(logps)}]."
-            )
-        return logps
-    if mask is not None:
-        logps = torch.where(mask, logps, 0.0)
-    if weight is not None:
-        logps = logps * weight
-    return logps.sum(-1)
 
 
 def log_ratio(
