@@ -152,13 +152,15 @@ class _Study:
             return {side: _shuffled(own, generator) for side, own in self.rewards.items()}
         if name == IMPLIED:
             assert self.earlier is not None
-            return {
-                side: implied_token_rewards(
-                    self.earlier, self.reference, self.pairs, side, beta=BETA, squash=False, batch_size=PAIRS
-                )
-                for side in ("chosen", "rejected")
-            }
+            return {side: self._implied_by(self.earlier, side) for side in self.rewards}
         return self.rewards
+
+    def _implied_by(self, earlier: nn.Module, side: str) -> list[Tensor]:
+        """The log-ratios of the earlier model themselves, cut at the bounds that rewards have."""
+        found = implied_token_rewards(
+            earlier, self.reference, self.pairs, side, beta=BETA, squash=False, batch_size=PAIRS
+        )
+        return [rewards.clamp(-0.5, 0.5) for rewards in found]
 
     @torch.no_grad()
     def _against_the_reference(self, policy: nn.Module) -> tuple[float, float]:

@@ -11,7 +11,7 @@ same tokens are scored. The rewards are computed once, kept on disk, and are con
 
 Rewards may come from elsewhere too: `implied_token_rewards` of an earlier DPO model, or any numbers, one for each answer token.
 
-Source: arXiv:2412.02685, section 3. The texts of its prompts are not public; those here say what it describes.
+Source: arXiv:2412.02685, section 3. The texts of the prompts follow its description, not its wording.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def contrastive_token_rewards(
 
     Example: see `docs/papers/61-t-reg.md`.
 
-    Source: arXiv:2412.02685, eq. 6.
+    Source: arXiv:2412.02685, section 3.
     """
     if len(prompts) != len(answers):
         raise InputError(
