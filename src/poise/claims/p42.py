@@ -320,7 +320,8 @@ def _joint(bed: _Bed, reference: Weights) -> float:
 
     def loss(w: Weights) -> Tensor:
         tuned: Tensor = sft(_answers(_logits(w, bed["new"]), new, bed["new_label"]))
-        return tuned + dpo(_pairs(bed, _logits(w, bed["pair"]), pair))
+        preferred: Tensor = dpo(_pairs(bed, _logits(w, bed["pair"]), pair))
+        return tuned + preferred
 
     return max(float(_accuracy(bed, _train(reference, loss, STEPS, rate)).mean()) for rate in RATES)
 
