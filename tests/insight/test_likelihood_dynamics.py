@@ -381,3 +381,45 @@ def test_bad_input_is_refused_by_name(space: FiniteSpace) -> None:
 def test_a_model_may_be_the_reference_of_fixed_pairs() -> None:
     monitor = LikelihoodMonitor(FinitePolicy(torch.zeros(1, 3)))
     assert isinstance(monitor.reference, FrozenModel)
+
+
+def test_it_watches_a_transformers_model_with_the_readout_that_fit_chooses() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra lm")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    g = torch.Generator().manual_seed(1)
+    mask = torch.ones(8, 6, dtype=torch.bool)
+    mask[:, :2] = False
+    pairs = {
+        "chosen_ids": torch.randint(17, (8, 6), generator=g),
+        "rejected_ids": torch.randint(17, (8, 6), generator=g),
+        "chosen_mask": mask,
+        "rejected_mask": mask,
+    }
+    answers = {"response_ids": torch.randint(17, (8, 6), generator=g), "response_mask": mask}
+    free = LikelihoodMonitor(heldout=answers, every=5)
+    fixed = LikelihoodMonitor(copy.deepcopy(model), heldout=answers, every=5, pairs=pairs)
+    poise.fit(
+        model,
+        "dpo + f_sft(divergence='chi2', beta=0.1)",
+        pairs,
+        lr=0.1,
+        steps=10,
+        device="cpu",
+        callbacks=[free, fixed],
+    )
+    assert [row.step for row in free.report().rows] == [5, 10]
+    assert [row.step for row in fixed.report().rows] == [0, 5, 10]
+    assert fixed.report().rows[0].chosen == pytest.approx(0, abs=1e-5)
+    assert fixed.report().rows[-1].chosen_shared is not None
+    assert fixed.report().rows[-1].margin > 0
+    # The first look of the hook has no start row before it, and both watch the same held-out answers.
+    assert free.report().rows[-1].unseen == pytest.approx(fixed.report().rows[-1].unseen, abs=1e-5)

@@ -17,6 +17,7 @@ from poise.objective import Objective, Summand
 from poise.tasks.divergence_matching import match_divergence
 from poise.tasks.finite_space import FiniteSpace
 from poise.terms.preference.bridge import DIVERGENCES, FSFT
+from poise.training import fit
 
 EXPERT, REFERENCE, BETA = torch.tensor([0.2, 0.2, 0.6]), torch.tensor([0.5, 0.3, 0.2]), 0.5
 ONE = torch.float64
@@ -294,3 +295,16 @@ def test_state_survives_copies() -> None:
     text = "f_sft(divergence='js', beta=0.5, level='sequence')"
     assert str(parse(text)) == text
     assert math.isfinite(term.constant.item())
+
+
+def test_fine_tuning_under_a_bound_on_the_divergence_stays_within_it() -> None:
+    """The explicit alternative to a smaller rate: the weight of the KL becomes whatever keeps the bound."""
+    space = FiniteSpace([0.5, 0.3, 0.2], dtype=torch.float32)
+    data = space.responses_of(torch.tensor([[0.05, 0.05, 0.9]]))
+    ends = {}
+    for formula in ("sft", "sft + constraint(token_kl(on='response', direction='reverse'), upper=0.2, lr=0.2)"):
+        policy = space.policy()
+        fit(policy, formula, data, readout=space.readout(), lr=0.3, steps=400, device="cpu")
+        ends[formula[:5]] = float(space.kl(policy.logps.detach(), space.prior_logps))
+    assert ends["sft"] > 0.9
+    assert ends["sft +"] == pytest.approx(0.2, abs=0.02)
