@@ -27,11 +27,28 @@ Public implementations of the clipped losses differ in how tokens become one num
 
 from __future__ import annotations
 
-from poise.terms.policy_gradient.best_of_n import BestOfN
-from poise.terms.policy_gradient.clipped import GRPO, RLOO, PPOClip
-from poise.terms.policy_gradient.reinforce import Reinforce
-from poise.terms.policy_gradient.reward_weighted import RewardWeighted
-from poise.terms.policy_gradient.sampled_kl import SampledKL
-from poise.terms.policy_gradient.scored import Score, advantages
+from typing import Any
 
-__all__ = ["GRPO", "RLOO", "BestOfN", "PPOClip", "Reinforce", "RewardWeighted", "SampledKL", "Score", "advantages"]
+from poise.lazy import load
+
+_HOME = {
+    "GRPO": "clipped",
+    "RLOO": "clipped",
+    "BestOfN": "best_of_n",
+    "PPOClip": "clipped",
+    "Reinforce": "reinforce",
+    "RewardWeighted": "reward_weighted",
+    "SampledKL": "sampled_kl",
+    "Score": "scored",
+    "advantages": "scored",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _HOME, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
