@@ -51,6 +51,7 @@ CATALOGUE: dict[str, str] = {
     "mixup": "poise.terms.supervised:Mixup",
     "nca_pair": "poise.terms.preference.margin_losses:NCAPair",
     "odds_ratio": "poise.terms.preference.simpo:OddsRatio",
+    "phrase_margin": "poise.terms.preference.rrpo:PhraseMargin",
     "ppo_clip": "poise.terms.policy_gradient:PPOClip",
     "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
@@ -63,6 +64,7 @@ CATALOGUE: dict[str, str] = {
     "robust_dpo": "poise.terms.preference.dpo:RobustDPO",
     "sampled_kl": "poise.terms.policy_gradient:SampledKL",
     "score": "poise.terms.policy_gradient:Score",
+    "segment_margin": "poise.terms.preference.rrpo:SegmentMargin",
     "sft": "poise.terms.preference.rpo:SFT",
     "simpo": "poise.terms.preference.simpo:SimPO",
     "slic": "poise.terms.preference.margin_losses:SLiC",
@@ -81,6 +83,7 @@ SHORTHANDS: dict[str, str] = {
     "cdpo": "poise.terms.preference.dpo:CDPO",
     "orpo": "poise.terms.preference.simpo:ORPO",
     "rpo": "poise.terms.preference.rpo:RPO",
+    "rrpo": "poise.terms.preference.rrpo:RRPO",
 }
 """Formula name -> "module:Function" of what stands for a sum of terms: it returns the objective, which prints as that sum."""
 
