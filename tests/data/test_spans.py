@@ -109,7 +109,7 @@ def test_records_and_tokenize_accept_the_spans() -> None:
 
     row = {"prompt": "Say it.", "chosen": " It was a red car.", "rejected": " It was a blue car."}
     records = make_records(with_spans([row]))
-    words = {w: i for i, w in enumerate("<e> Say it . It was a red blue car".split())}
+    words = {w: i for i, w in enumerate(["<e>", "Say", "it", ".", "It", "was", "a", "red", "blue", "car"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<e>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
