@@ -63,7 +63,9 @@ class TokenMask(nn.Module):
     ) -> None:
         super().__init__()
         if layers < 1 or width < 1:
-            raise InputError(f"token_mask: layers and width are those of the reference, at least 1, and they are {layers} and {width}.")
+            raise InputError(
+                f"token_mask: layers and width are those of the reference, at least 1, and they are {layers} and {width}."
+            )
         if kind not in KINDS:
             raise InputError(f"token_mask: kind is one of {', '.join(map(repr, KINDS))}, and it is {kind!r}.")
         if activation not in ("relu", "rescale", None):
@@ -129,7 +131,7 @@ class TokenMask(nn.Module):
             else:
                 g = x @ self.weight[place] + self.bias[place]
             if len(self.weight) == 1:
-                return g
+                return g  # type: ignore[no-any-return]
             g = F.relu(g) if self.activation == "relu" else g
             g = self.mixer[place] * F.dropout(g, self.dropout, self.training)
             total = g if total is None else total + g
@@ -156,7 +158,7 @@ class TokenMask(nn.Module):
             for number in range(tries):
                 if bool((self(states, mask) > 0).any()):
                     return number > 0
-                fresh = TokenMask(self.layers, self.width, self.activation, self.kind, self.dropout, seed=number + 1)  # type: ignore[arg-type]
+                fresh = TokenMask(self.layers, self.width, self.activation, self.kind, self.dropout, seed=number + 1)
                 self.load_state_dict(fresh.state_dict())
         finally:
             self.train(training)

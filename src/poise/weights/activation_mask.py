@@ -101,13 +101,14 @@ class ActivationMask:
         return self.layers is None or number is None or int(number[1]) in self.layers
 
     @torch.no_grad()
-    def scores(self, module: nn.Module, run: Callable[[], Any], mask: Tensor) -> Tensor:
+    def scores(self, module: nn.Module, run: Callable[[], Any], mask: Tensor, ahead: int = 1) -> Tensor:
         """Return m float32 [batch, time] of answers.
 
         Args:
             module: the frozen model.
             run: makes one forward pass of it over [batch, time] tokens.
             mask: bool [batch, time], the answers' tokens.
+            ahead: how many places before a token the activations stand that predict it: 1, or 0 where the model shifts its input itself.
 
         Raises:
             QuantityError: an answer without tokens, or an activation that is no [batch, time, ...].
@@ -123,7 +124,7 @@ class ActivationMask:
                 raise QuantityError(f"activation_mask: {name} gives no activation [batch, time, ...].")
             # One number a token and layer: nothing of the activation is kept.
             level = value.float().flatten(2).mean(-1)
-            sums[kind].append(rescaled(nn.functional.pad(level[:, :-1], (1, 0)), mask))
+            sums[kind].append(rescaled(nn.functional.pad(level, (ahead, 0))[:, : mask.shape[1]], mask))
 
         hooks = [
             parts[name].register_forward_hook(partial(take, kind, name)) for name, kind in self.modules(module).items()
@@ -169,7 +170,9 @@ class ActivationMask:
             IncompatibleError: the readout has no reference.
         """
         if getattr(readout, "reference", None) is None:
-            raise IncompatibleError("activation_mask: the readout has no reference; give Language(reference=FrozenModel(model)).")
+            raise IncompatibleError(
+                "activation_mask: the readout has no reference; give Language(reference=FrozenModel(model))."
+            )
         return _Weighing(self, readout)
 
 
@@ -193,5 +196,5 @@ class _Weighing:
         return self.readout(model, batch, reads)
 
     def _weight(self, batch: Any, side: str) -> Tensor:
-        attention = batch[f"{side}_attention"] if f"{side}_attention" in batch else None
+        attention = batch.get(f"{side}_attention")
         return self.mask.of(self.reference, batch[f"{side}_ids"], attention, batch[f"{side}_mask"].bool())

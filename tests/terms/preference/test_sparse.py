@@ -75,9 +75,7 @@ def test_scaling_both_masks_is_scaling_beta() -> None:
 
 def test_the_order_of_tokens_with_their_masks_does_not_matter() -> None:
     q = record()
-    flipped = {
-        k: v.flip(2) if k.endswith("states") else v.flip(1) if v.ndim == 2 else v for k, v in q.items()
-    }
+    flipped = {k: v.flip(2) if k.endswith("states") else v.flip(1) if v.ndim == 2 else v for k, v in q.items()}
     text = f"sparse_po({LEARNED})"
     assert value(text, flipped).item() == pytest.approx(value(text, q).item(), abs=1e-13)
 
@@ -141,9 +139,7 @@ def test_the_size_of_a_mask_is_charged_by_a_term_of_its_own() -> None:
     alone = poise.parse(f"sparse_po({LEARNED})")
     alone.load_state_dict({k: v for k, v in objective.state_dict().items() if "mask_l1" not in k}, strict=False)
     name = "terms.sparse_po.networks.0.bias"
-    with_l1, without = (
-        torch.autograd.grad(o(q), dict(o.named_parameters())[name])[0] for o in (objective, alone)
-    )
+    with_l1, without = (torch.autograd.grad(o(q), dict(o.named_parameters())[name])[0] for o in (objective, alone))
     assert not torch.equal(with_l1, without)
 
 

@@ -85,7 +85,9 @@ class SparsePO(PairedTerm):
         )  # fmt: skip
         self.learned = mask_from == "states" and "mask" in (reward, kl)
         if mask_from == "data" and masks == "independent":
-            raise InputError("sparse_po: masks='independent' are two networks; mask_from='data' offers one weight a token.")
+            raise InputError(
+                "sparse_po: masks='independent' are two networks; mask_from='data' offers one weight a token."
+            )
         if self.learned:
             if layers is None or width is None:
                 raise InputError(
@@ -141,7 +143,10 @@ class SparsePO(PairedTerm):
         if self.kl != "none":
             assert chosen_kl is not None
             assert rejected_kl is not None
-            lost = sequence_sum(chosen_kl, chosen_mask, chosen[1]), sequence_sum(rejected_kl, rejected_mask, rejected[1])
+            lost = (
+                sequence_sum(chosen_kl, chosen_mask, chosen[1]),
+                sequence_sum(rejected_kl, rejected_mask, rejected[1]),
+            )
             margin = margin - self.beta * (lost[1] - lost[0])
             extras |= {"chosen_kl": lost[0].detach(), "rejected_kl": lost[1].detach()}
         value = self.published(pair, -F.logsigmoid(margin))
@@ -165,7 +170,9 @@ class SparsePO(PairedTerm):
             if weight is None:
                 raise QuantityError(f"sparse_po reads '{side}_token_weight', and it was not offered.")
             if bool((weight < 0).any()):
-                raise QuantityError(f"sparse_po: masks are at least 0, and '{side}_token_weight' reaches {float(weight.min())}.")
+                raise QuantityError(
+                    f"sparse_po: masks are at least 0, and '{side}_token_weight' reaches {float(weight.min())}."
+                )
             found = [torch.where(mask, weight, 0.0).to(like.dtype)]
         none = torch.zeros_like(ones)
         return (
