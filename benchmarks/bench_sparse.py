@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from benchmarks.bench_rrpo import _batch, _models, _peak, _stepping

@@ -65,7 +65,7 @@ def RRPO(
 
     Example:
         >>> str(RRPO())
-        "preference_margin(beta=0.1, token_weight='spans') + 0.01*token_kl"
+        "preference_margin(token_weight='spans') + 0.01*token_kl"
 
     Source: Sarkar et al., arXiv:2504.12083; pritamqu/RRPO.
     """
