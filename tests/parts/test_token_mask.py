@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from poise.errors import QuantityError
-from poise.parts.token_mask import TokenMask, mask_report, rescaled
+from poise.operators import rescaled
+from poise.parts.token_mask import TokenMask, mask_report
 
 STATES = torch.randn(3, 2, 7, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(7) < torch.tensor([[7], [3]])

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poise.errors import InputError, QuantityError
+from poise.operators import rescaled
 from poise.quantities import derive
 
-__all__ = ["MaskReport", "TokenMask", "mask_report", "rescaled"]
+__all__ = ["MaskReport", "TokenMask", "mask_report"]
 
 Kind = Literal["all", "last", "mlp", "random", "binary"]
 KINDS = ("all", "last", "mlp", "random", "binary")
@@ -163,24 +164,6 @@ class TokenMask(nn.Module):
         finally:
             self.train(training)
         raise QuantityError(f"token_mask: {tries} draws of the weights all give 0 at every token of these states.")
-
-
-def rescaled(x: Tensor, mask: Tensor) -> Tensor:
-    """Bring values to [0, 1] over the marked tokens of each row: (x - least) / (largest - least); 1 where all are equal.
-
-    Args:
-        x: float [..., time].
-        mask: bool [..., time]; outside the result is 0.
-
-    >>> rescaled(torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]]))
-    tensor([[1.0000, 0.0000, 0.5000, 0.0000]])
-    """
-    least = torch.where(mask, x, torch.inf).amin(-1, keepdim=True)
-    largest = torch.where(mask, x, -torch.inf).amax(-1, keepdim=True)
-    span = largest - least
-    flat = ~(span > 0)
-    found = torch.where(flat, 1.0, (x - least) / torch.where(flat, 1.0, span))
-    return torch.where(mask, found, 0.0)
 
 
 @dataclass(frozen=True)

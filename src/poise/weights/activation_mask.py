@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import IncompatibleError, InputError, QuantityError
-from poise.parts.token_mask import rescaled
+from poise.operators import rescaled
 
 __all__ = ["TYPES", "ActivationMask"]
 
