@@ -10,9 +10,9 @@ from poise.claims.p60 import BETAS, CLAIM, METHODS, Planted, Point, _judge
 
 
 def frontier(gain: float) -> dict[tuple[str, float], Point]:
-    """DPO on the line reward = 0.1 + 0.1 KL, the others above it by `gain`."""
+    """DPO on the line reward = 0.1 + 0.05 KL, the others above it by `gain`."""
     return {
-        (name, beta): Point(0.1 + 0.1 / beta + (0 if name == "DPO" else gain), 1 / beta)
+        (name, beta): Point(0.1 + 0.05 / beta + (0 if name == "DPO" else gain), 1 / beta)
         for name in METHODS
         for beta in BETAS
     }
