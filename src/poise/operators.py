@@ -30,3 +30,21 @@ def project_on_line(point: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, 
     coincide = length.sqrt() <= rounding * (start.norm() + end.norm())
     share = ((point - start) * direction).sum() / torch.where(coincide, torch.ones_like(length), length)
     return torch.where(coincide, torch.ones_like(share), share), coincide
+
+
+def rescaled(x: Tensor, mask: Tensor) -> Tensor:
+    """Bring values to [0, 1] over the marked tokens of each row: (x - least) / (largest - least); 1 where all are equal.
+
+    Args:
+        x: float [..., time].
+        mask: bool [..., time]; outside the result is 0.
+
+    >>> rescaled(torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]]))
+    tensor([[1.0000, 0.0000, 0.5000, 0.0000]])
+    """
+    least = torch.where(mask, x, torch.inf).amin(-1, keepdim=True)
+    largest = torch.where(mask, x, -torch.inf).amax(-1, keepdim=True)
+    span = largest - least
+    flat = ~(span > 0)
+    found = torch.where(flat, 1.0, (x - least) / torch.where(flat, 1.0, span))
+    return torch.where(mask, found, 0.0)

@@ -29,10 +29,13 @@ _HOME: dict[str, str] = {
     "Compander": "companding",
     "Companding": "companding",
     "ConversionReport": "companding_conversion",
+    "MaskReport": "token_mask",
+    "TokenMask": "token_mask",
     "compand": "companding",
     "compand_pretrained": "companding_conversion",
     "companding_of": "companding",
     "folded_copy": "companding",
+    "mask_report": "token_mask",
 }
 
 

@@ -344,8 +344,13 @@ class _Passes:
             )
         assert states is not None
         mask = self.batch[f"{side}_mask"][:, 1:].bool()
-        stacked = torch.stack([layer[:, :-1] * mask[..., None] for layer in states])
-        return nn.functional.pad(stacked, (0, 0, 1, 0)).float()
+        # Written into one tensor: stacking, padding and a change of type would each hold a copy of every layer.
+        batch, time, width = states[0].shape
+        wide = torch.promote_types(states[0].dtype, torch.float32)
+        found = states[0].new_zeros(len(states), batch, time, width, dtype=wide)
+        for place, layer in enumerate(states):
+            found[place, :, 1:][mask] = layer[:, :-1][mask].to(wide)
+        return found
 
 
 def _having(outputs: Mapping[str, tuple[str, ...]], wanted: tuple[str, ...]) -> list[str]:

@@ -16,6 +16,7 @@ _HOME = {
     "rampup": "schedule",
     "piecewise": "schedule",
     "Constraint": "constraint",
+    "ActivationMask": "activation_mask",
     "AdaptiveKL": "adaptive_kl",
     "Auto": "auto",
     "Mixing": "mixing",

@@ -19,5 +19,11 @@ def pairs(batch: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
             found[name] = -torch.rand(batch, time, generator=g, dtype=dtype).mul(3) * mask
         found[f"{side}_kl"] = torch.rand(batch, time, generator=g, dtype=dtype) * mask
         found[f"{side}_token_weight"] = torch.rand(batch, time, generator=g, dtype=dtype) * mask
+    # A phrase stands in both answers or in neither.
+    for number in (1, 2):
+        both = torch.stack([(found[f"{side}_spans"] == number).any(-1) for side in ("chosen", "rejected")]).all(0)
+        for side in ("chosen", "rejected"):
+            spans = found[f"{side}_spans"]
+            spans[(spans == number) & ~both[:, None]] = 0
     found["preference_label"] = torch.rand(batch, generator=g, dtype=dtype)
     return found

@@ -22,8 +22,9 @@ SEPARATE = [
     "apo_down", "apo_zero", "bco_pair", "discopop", "dpo", "dpo(label_smoothing=0.2)", "dpo(divergence='js')",
     "dpo(divergence='forward_kl')", "dpo(divergence='alpha', alpha=0.3)", "dpo(length_normalized=True)",
     "dpo(reference_free=True)", "dpop", "exo_pair", "flex_dpo", "ipo", "ipo(length_normalized=True)", "nca_pair",
-    "odds_ratio", "orpo", "preference_margin(token_weight='data')", "preference_margin(token_weight='spans')", "robust_dpo",
-    "rpo", "rpo(normalize='sequence_mean')", "rpo(normalize='token_mean')", "simpo", "slic", "soft_dpo", "soft_dpo(label=0.8)",
+    "odds_ratio", "orpo", "phrase_margin", "preference_margin(token_weight='data')", "preference_margin(token_weight='spans')",
+    "robust_dpo", "rpo", "rpo(normalize='sequence_mean')", "rpo(normalize='token_mean')", "rrpo", "rrpo(margin='phrases')",
+    "rrpo(margin='segments')", "segment_margin", "simpo", "slic", "soft_dpo", "soft_dpo(label=0.8)",
     "sppo_hard", "tdpo", "tdpo(version=1)", "token_kl", "token_kl(on='both', reduction='token_mean')",
 ]  # fmt: skip
 """Formulas whose value is a mean over pairs, or over their tokens."""
@@ -125,7 +126,8 @@ def test_every_term_on_pairs_publishes_the_same_by_products(formula: str) -> Non
             }
             extras = term(**reads).extras
             assert {"margin", "chosen_reward", "rejected_reward", "weight", "accuracy"} <= set(extras)
-            assert all(v.shape == (4,) and not v.requires_grad for v in extras.values())
+            assert not any(v.requires_grad for v in extras.values())
+            assert all(v.shape == (4,) for n, v in extras.items() if n != "phrase_margin")
             assert torch.allclose(extras["margin"], extras["chosen_reward"] - extras["rejected_reward"])
 
 
@@ -140,7 +142,7 @@ def test_formulas_print_and_copy(formula: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["aot", "apo_down", "apo_zero", "bco_pair", "cdpo", "discopop", "dpo", "dpop", "exo_pair", "ipo", "kto", "nca_pair",
-     "preference_margin", "robust_dpo", "rpo", "simpo", "slic", "soft_dpo", "sppo_hard", "tdpo"],
+     "phrase_margin", "preference_margin", "robust_dpo", "rpo", "rrpo", "segment_margin", "simpo", "slic", "soft_dpo", "sppo_hard", "tdpo"],
 )  # fmt: skip
 @pytest.mark.parametrize("beta", ["0", "-0.1"])
 def test_a_beta_that_is_not_positive_is_refused_by_name(name: str, beta: str) -> None:

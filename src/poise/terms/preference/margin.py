@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from poise.errors import InputError, QuantityError
 from poise.objective import Term, Value
+from poise.terms.preference.phrases import check_spans, phrase_sums
 from poise.terms.sequences import sequence_sum
 
 __all__ = ["Pair", "PairedTerm", "PreferenceMargin", "TokenKL", "answer_length", "log_ratio", "sequence_sum"]
@@ -200,11 +201,13 @@ class PairedTerm(Term):
         chosen_spans: Tensor | None = None,
         rejected_spans: Tensor | None = None,
     ) -> Value:
-        pair = self.pair(
-            (chosen_logps, reference_chosen_logps, chosen_mask, chosen_token_weight, chosen_spans),
-            (rejected_logps, reference_rejected_logps, rejected_mask, rejected_token_weight, rejected_spans),
-        )
-        return self.published(pair, self.loss(pair))
+        chosen = (chosen_logps, reference_chosen_logps, chosen_mask, chosen_token_weight, chosen_spans)
+        rejected = (rejected_logps, reference_rejected_logps, rejected_mask, rejected_token_weight, rejected_spans)
+        pair = self.pair(chosen, rejected)
+        value = self.published(pair, self.loss(pair))
+        if self.token_weight == "spans":
+            value.extras.update(self.of_phrases(chosen, rejected))
+        return value
 
     def pair(self, chosen: Answer, rejected: Answer) -> Pair:
         """Compute the log-ratios of two answers, each (logps, reference, mask[, token weight, spans])."""
@@ -221,6 +224,25 @@ class PairedTerm(Term):
         if not self.lengths:
             return Pair(*ratios)
         return Pair(*ratios, *(answer_length(m, r) for m, r in zip(masks, ratios, strict=True) if m is not None))
+
+    @torch.no_grad()
+    def of_phrases(self, chosen: Answer, rejected: Answer) -> dict[str, Tensor]:
+        """Return `phrase_margin` float [batch, phrases], 0 where a pair has fewer, and `without_phrase` float [batch].
+
+        Raises:
+            QuantityError: a phrase that stands in one answer alone or outside of it.
+        """
+        one, two = chosen[4], rejected[4]
+        if one is None or two is None:
+            raise QuantityError(f"{self.formula} reads 'chosen_spans' and 'rejected_spans', and they were not offered.")
+        most = check_spans(self.formula, one, two, chosen[2], rejected[2])
+        sums = []
+        for (logps, reference, *_), own in ((chosen, one), (rejected, two)):
+            assert logps is not None
+            ratio = logps if self.reference_free or reference is None else logps - reference
+            sums.append(phrase_sums(torch.where(own > 0, ratio, 0.0), own, most))
+        margin = self.beta * (sums[0] - sums[1])
+        return {"phrase_margin": margin, "without_phrase": (one <= 0).all(-1).to(margin.dtype)}
 
     def published(self, pair: Pair, values: Tensor) -> Value:
         """Return the values with the by-products that every term on pairs publishes."""
@@ -271,7 +293,11 @@ class PreferenceMargin(PairedTerm):
             log-probabilities must be per token. A pair without any phrase has u = 0 and no gradient.
         reference_free: leave the reference out of D.
 
-    Reads, returns and publishes: see `PairedTerm`; nats.
+    Reads, returns and publishes: see `PairedTerm`; nats. With spans it also publishes `phrase_margin` float [batch, phrases], the
+        summand of u that each phrase gives, and `without_phrase` float [batch], 1 for a pair without any.
+
+    Raises:
+        QuantityError: a phrase stands in one answer alone, or on a token outside the answer.
 
     Example:
         >>> zero = torch.zeros(1, 2)
