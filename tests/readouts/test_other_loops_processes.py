@@ -34,8 +34,9 @@ def gradients_of_half() -> list[Tensor]:
     rank = torch.distributed.get_rank()
     objective = poise.parse(FORMULA)
     trained = read_in_forward(model(), objective, FrozenModel(model(1)))
+    parallel = DistributedDataParallel(trained)
     half = {name: rows[2 * rank : 2 * rank + 2] for name, rows in batch().items()}
-    objective(DistributedDataParallel(trained)(**half)).backward()
+    objective(parallel(**half)).backward()
     return [p.grad for p in trained.parameters()]
 
 
