@@ -150,13 +150,15 @@ def _memory_of_head_and_loss(quick: bool) -> list[Ratio]:
 
 
 def _memory_and_vocabulary(quick: bool) -> list[Ratio]:
+    """How much the peak grows with the vocabulary, beside how much the head's weights grow; their gradients aside."""
     large, small = (65_536, 16_384) if quick else (VOCABULARY, 65_536)
     ratios = []
-    for dtype in DTYPES:
+    for dtype, kind in DTYPES.items():
         peaks = [_peak("head", "ours", dtype, 255, vocabulary) for vocabulary in (large, small)]
-        words = f"{peaks[0] / MIB:.1f} against {peaks[1] / MIB:.1f} MiB, weights and gradients aside"
-        name = f"peak of head and loss, vocabulary {large:,} / {small:,}, {dtype}"
-        ratios.append(Ratio(name, peaks[0] / peaks[1], 1.1, "lower", words))
+        weights = (large - small) * WIDTH * kind.itemsize
+        words = f"{peaks[0] / MIB:.1f} against {peaks[1] / MIB:.1f} MiB, of heads of {large:,} and {small:,} tokens"
+        name = f"growth of the peak / growth of the head with the vocabulary, {dtype}"
+        ratios.append(Ratio(name, (peaks[0] - peaks[1]) / weights, 0.01, "lower", words))
     return ratios
 
 
