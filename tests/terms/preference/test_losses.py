@@ -25,7 +25,8 @@ SEPARATE = [
     "odds_ratio", "orpo", "phrase_margin", "preference_margin(token_weight='data')", "preference_margin(token_weight='spans')",
     "robust_dpo", "rpo", "rpo(normalize='sequence_mean')", "rpo(normalize='token_mean')", "rrpo", "rrpo(margin='phrases')",
     "rrpo(margin='segments')", "segment_margin", "simpo", "slic", "soft_dpo", "soft_dpo(label=0.8)",
-    "sparse_po(mask_from='data')", "sparse_po(reward='ones', kl='ones')", "sppo_hard", "tdpo", "tdpo(version=1)", "token_kl", "token_kl(on='both', reduction='token_mean')",
+    "sparse_po(mask_from='data')", "sparse_po(reward='ones', kl='ones')",
+    "sppo_hard", "tdpo", "tdpo(version=1)", "token_kl", "token_kl(on='both', reduction='token_mean')",
 ]  # fmt: skip
 """Formulas whose value is a mean over pairs, or over their tokens."""
 COUPLED = ["aot", "aot(unpaired=True)", "aot(label_smoothing=0.1)"]
