@@ -99,6 +99,18 @@ def test_over_a_readout_the_weights_serve_sparse_po_margins_and_divergences() ->
     lazily.backward()
 
 
+def test_fit_trains_the_mask_with_a_transformers_model() -> None:
+    policy, q = model(seed=1), batch()
+    objective = poise.parse("sparse_po(beta=1.0, layers=2, width=16) + 0.01*mask_l1.on(size='sparse_po.reward_size')")
+    before = {k: v.clone() for k, v in objective.state_dict().items() if isinstance(v, Tensor)}
+    run = poise.fit(policy, objective, q, solver="adamw", lr=1e-2, steps=3, batch_size=2, device="cpu")
+    assert run.steps == 3
+    after = objective.state_dict()
+    moved = [k for k, v in before.items() if not torch.equal(v, after[k])]
+    assert any("weight" in k for k in moved)
+    assert any("mixer" in k for k in moved)
+
+
 def test_padding_does_not_matter_and_an_answer_of_one_token_weighs_1() -> None:
     frozen, q = FrozenModel(model()), batch()
     mask = ActivationMask()

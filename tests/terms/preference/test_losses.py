@@ -25,6 +25,7 @@ SEPARATE = [
     "odds_ratio", "orpo", "phrase_margin", "preference_margin(token_weight='data')", "preference_margin(token_weight='spans')",
     "robust_dpo", "rpo", "rpo(normalize='sequence_mean')", "rpo(normalize='token_mean')", "rrpo", "rrpo(margin='phrases')",
     "rrpo(margin='segments')", "segment_margin", "simpo", "slic", "soft_dpo", "soft_dpo(label=0.8)",
+    "sparse_po(mask_from='data')", "sparse_po(reward='ones', kl='ones')",
     "sppo_hard", "tdpo", "tdpo(version=1)", "token_kl", "token_kl(on='both', reduction='token_mean')",
 ]  # fmt: skip
 """Formulas whose value is a mean over pairs, or over their tokens."""
@@ -127,7 +128,7 @@ def test_every_term_on_pairs_publishes_the_same_by_products(formula: str) -> Non
             extras = term(**reads).extras
             assert {"margin", "chosen_reward", "rejected_reward", "weight", "accuracy"} <= set(extras)
             assert not any(v.requires_grad for v in extras.values())
-            assert all(v.shape == (4,) for n, v in extras.items() if n != "phrase_margin")
+            assert all(v.shape == (4,) for n, v in extras.items() if n != "phrase_margin" and not n.endswith("_mask"))
             assert torch.allclose(extras["margin"], extras["chosen_reward"] - extras["rejected_reward"])
 
 
