@@ -658,3 +658,21 @@ def test_one_mean_of_the_sum_is_the_sum_of_the_means(weights: list[float], batch
     # Two orders of summation of at most 36 numbers.
     torch.testing.assert_close(total, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (total, whole)), rtol=1e-12, atol=1e-13)
+
+
+def test_a_loop_of_ones_own_computes_no_quantity_that_nobody_reads() -> None:
+    """A stateful objective recognises a repeated closure by the data, not by what a readout could compute from them."""
+    from poise.terms import EarlyLearning
+
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    objective = (CrossEntropy() + EarlyLearning()).bind(examples=8, classes=4).follow(optimizer)
+    x = torch.randn(8, 3)
+    for _ in range(2):
+        batch = Quantities({"input": x, "target": torch.zeros(8, dtype=torch.int64), "index": torch.arange(8)})
+        batch.offer("logits", lambda batch=batch: model(batch["input"]))
+        batch.offer("costly", lambda: pytest.fail("nobody reads this"))
+        optimizer.zero_grad()
+        objective(batch).backward()
+        optimizer.step()
+    assert objective.clock.step == 2

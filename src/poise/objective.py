@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from poise import processes
 from poise.coefficient import Clock, Coefficient, Number, leaves_of, multiply, text, value_of
 from poise.errors import InputError, QuantityError, StateError, nearest
-from poise.quantities import CATALOGUE, CLOCK, Streams, check, derive, describe, random_numbers
+from poise.quantities import CATALOGUE, CLOCK, Quantities, Streams, check, derive, describe, random_numbers
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(@[A-Za-z_][A-Za-z0-9_]*)?(#[0-9]+)?\Z")
 
@@ -1183,12 +1183,15 @@ def _addresses(data: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _data(sources: Mapping[str | None, Mapping[str, Any]]) -> list[Tensor]:
-    """Return the tensors of the sources that nothing is differentiated by; None is another name of one of the streams."""
+    """Return the tensors of the sources that nothing is differentiated by; None is another name of one of the streams.
+
+    What a readout offers lazily is left out: looking at it would compute it.
+    """
     return [
         v
         for stream, source in sources.items()
         if stream is not None
-        for v in source.values()
+        for v in ([source[name] for name in source.given] if isinstance(source, Quantities) else source.values())
         if isinstance(v, Tensor) and not v.requires_grad
     ]
 

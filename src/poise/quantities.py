@@ -259,6 +259,8 @@ class Quantities(Mapping[str, Any]):
         device: torch.device | None = None,
     ) -> None:
         self._values: dict[str, Any] = dict(values) if values else {}
+        self.given = tuple(self._values)
+        """Names of what was there from the start: the data. Reading these computes nothing."""
         self._makers: dict[str, Callable[[], Any]] = {}
         self._running: list[str] = []
         self.key = key

@@ -31,8 +31,9 @@ class DataSpec:
     Args:
         source: name of a built-in task or path of the user's file or folder.
         fingerprint: sha256 over content and options, as `Task.fingerprint` gives it.
-        label, target_type, split, group, time, test_file, label_noise, noise, class_weight, limit, max_length,
-            max_prompt_length, skip_bad: see `load_task`.
+        label, target_type, split, group, time, test_file: see `load_task`.
+        label_noise, noise, class_weight, limit: see `load_task`.
+        max_length, max_prompt_length, skip_bad: see `load_task`.
     """
 
     source: str
