@@ -283,7 +283,10 @@ def compare(
     workers: Annotated[
         int | None, typer.Option("--workers", help="Worker processes; as many as the cores allow.")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", help="Threads of each worker; part of a run's identity.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Threads of each worker; part of a run's identity. 1 where memory allows."),
+    ] = None,
     label: Label = None,
     target_type: TargetType = None,
     split: SplitShares = "60/20/20",
@@ -535,7 +538,7 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
             f"This command needs a number for every weight, and {', '.join(autos)} is `auto`. "
             "`poise compare DATA FORMULA --tune 10` finds the weights."
         )
-    torch.set_num_threads(study.config.engine.threads)
+    torch.set_num_threads(study.config.engine.threads or 1)
     (spec,) = study.plan().wanted()
     task = study.task
     split = task.split(spec.seed)

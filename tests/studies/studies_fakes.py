@@ -183,6 +183,7 @@ def task(**changes: Any) -> Any:
 
     class FakeTask(SimpleNamespace):
         usual_batch, usual_epochs, usual_solver = Task.usual_batch, Task.usual_epochs, Task.usual_solver
+        usual_threads = Task.usual_threads
         metric_names, choose_model, model_code = Task.metric_names, Task.choose_model, Task.model_code
 
     values = {

@@ -113,11 +113,14 @@ class TuningConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """Who runs the runs. The thread count belongs to a run's identity; the number of workers does not."""
+    """Who runs the runs. The thread count belongs to a run's identity; the number of workers does not.
+
+    None: one thread, or every core where a second run would not fit into the memory; written down when the study begins.
+    """
 
     name: Literal["local"] = "local"
     workers: int | None = Field(default=None, ge=1)
-    threads: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
 
 class StudyConfig(_Section):

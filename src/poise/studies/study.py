@@ -126,7 +126,8 @@ class Study:
         leave_one_out: also measure every formula without each of its terms.
         metric: what the search and the recommendation rest on: `accuracy`, `macro_f1`, `nll`, `ece`, or `rmse`, `mae`,
             `r2`; None for accuracy or RMSE.
-        workers: worker processes; None for as many as the cores allow. `threads`: threads of each.
+        workers: worker processes; None for as many as the cores allow. `threads`: of each; None for one, or for every core where the memory
+            does not hold a second run.
 
     Raises:
         InputError: a setting is wrong, two formulas are the same, or data and settings do not fit.
@@ -176,7 +177,7 @@ class Study:
         leave_one_out: bool = True,
         metric: str | None = None,
         workers: int | None = None,
-        threads: int = 1,
+        threads: int | None = None,
     ) -> None:
         listed = [formulas] if isinstance(formulas, str) or not isinstance(formulas, Sequence) else list(formulas)
         content = {
@@ -316,9 +317,13 @@ class Study:
                 "fingerprint": self.task.fingerprint,
             }
         )
+        engine = self._given.engine
+        engine = engine.model_copy(update={"threads": engine.threads or self.task.usual_threads(training.model)})
         # Formulas in canonical form: a later version reads the file as this one understood it.
         formulas = tuple(str(objective) for objective in self._objectives)
-        return self._given.model_copy(update={"training": training, "data": data, "formulas": formulas})
+        return self._given.model_copy(
+            update={"training": training, "data": data, "formulas": formulas, "engine": engine}
+        )
 
     def to_toml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the study as TOML, and write it where a path is given.
@@ -386,12 +391,16 @@ class Study:
         return StudyResult(summary, self.folder, self.folder / STORE, failed)
 
     def _engine(self, store: Store) -> LocalEngine:
+        from poise.tasks.load import is_language_source
+
         settings = self._given.engine
         workers = settings.workers
         if workers is None and self._given.training.device.split(":")[0] in ("cuda", "mps", "auto"):
             # Runs that share a GPU wait for each other; one process keeps the measured times honest.
             workers = 1 if self.config.training.device != "cpu" else None
-        engine = LocalEngine(workers, settings.threads, folder=self.folder / CHECKPOINTS)
+        # A language model's size decides, and only then are the data read before the workers start.
+        threads = settings.threads or (self.config.engine.threads if is_language_source(self._given.data.source) else 1)
+        engine = LocalEngine(workers, threads or 1, folder=self.folder / CHECKPOINTS)
         if not store.ids():
             # A new study needs every worker: they load PyTorch while this process loads the data.
             engine.start(min(engine.slots, len(self._objectives) * len(self._given.seeds)))
@@ -563,7 +572,7 @@ def _base_spec(config: StudyConfig, fingerprint: str) -> RunSpec:
         model_options=training.model_options(),
         precision=training.precision,
         device=training.device,
-        threads=config.engine.threads,
+        threads=config.engine.threads or 1,
         select=training.select,
         deterministic=training.deterministic,
         # Which metric is watched changes a run only where the best model is kept.

@@ -83,6 +83,10 @@ class AnyTask(Protocol):
         """Return the examples of a step where nobody says."""
         ...
 
+    def usual_threads(self, model: str) -> int:
+        """Return the threads of a run where nobody says."""
+        ...
+
     def usual_solver(self, model: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], float]:
         """Return solver, its options and its learning rate where nobody says."""
         ...

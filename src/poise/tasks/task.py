@@ -265,6 +265,10 @@ class Task:
         """Return the examples of a step where nobody says."""
         return 128
 
+    def usual_threads(self, model: str) -> int:
+        """Return the threads of a run where nobody says: one, so that every core has a run of its own."""
+        return 1
+
     @property
     def usual_epochs(self) -> tuple[int, int]:
         """Fewest and most epochs where nobody says."""
