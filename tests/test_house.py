@@ -23,6 +23,12 @@ MAY_IMPORT = {
 # The catalogue of terms is what a formula means, and a readout is what a problem runs: the root reads both.
 ROOT_MAY_IMPORT = {"terms", "weights", "solvers", "readouts", "parts", "metrics"}
 HEAVY = {
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "trl",
+    "lightning",
     "pandas",
     "scipy",
     "sklearn",

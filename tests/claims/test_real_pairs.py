@@ -15,6 +15,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POISE_CACHE", str(tmp_path))
     monkeypatch.delenv("POISE_HH", raising=False)
+    monkeypatch.setattr(real_pairs, "_FILE", Path("no/such/pairs.jsonl.gz"))
     with pytest.raises(InputError, match="POISE_HH=FILE"):
         real_pairs.pairs()
     there = tmp_path / "pairs.jsonl.gz"
