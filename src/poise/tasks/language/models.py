@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from poise.cache import cache_folder
 from poise.errors import InputError, MissingDependencyError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,6 +86,34 @@ def load_language_model(
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     check_trainable(model)
     return LanguageModel(model, tokenizer)
+
+
+def unpack_gguf(file: str | os.PathLike[str], name: str) -> Path:
+    """Unpack a GGUF file into a folder of safetensors in the user's cache, once: reading the file itself takes minutes.
+
+    Args:
+        file: the GGUF file.
+        name: what the folder is known by, such as the hash of the file.
+    Returns:
+        The folder, 4 bytes a weight.
+
+        >>> folder = unpack_gguf("gemma.gguf", name="b1946ac9")  # doctest: +SKIP
+    """
+    place = cache_folder() / "models" / f"gguf-{name[:16]}"
+    if not (place / "config.json").is_file():
+        model, tokenizer = load_language_model(file)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".gguf-", dir=place.parent))
+        try:
+            save_language_model(model, tokenizer, made / "lm")
+            (made / "lm").replace(place)
+        except OSError:
+            # Another process was first; its folder holds the same.
+            if not (place / "config.json").is_file():
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return place
 
 
 def add_lora(model: nn.Module, lora: int | Mapping[str, Any]) -> nn.Module:
@@ -277,6 +306,11 @@ def _model(place: Path, gguf: str | None, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # whatever the library raises for a folder that it cannot read
         raise InputError(f"The model in {place} cannot be loaded: {_first_line(error)}") from error
+    if gguf is not None:
+        # The weights are unpacked and plain now; what the library remembers of their packing would forbid saving them.
+        model.hf_quantizer = None
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
     absent = sorted(info["missing_keys"])
     if absent:
         raise InputError(

@@ -22,7 +22,7 @@ from poise.quantities import derive, random_numbers
 from poise.readouts.language import AdapterOff, Reference
 from poise.run import choose_device
 from poise.tasks.language.measure import Pages, metrics, profile, sample, score
-from poise.tasks.language.models import LanguageModel, add_lora, load_language_model, save_language_model
+from poise.tasks.language.models import LanguageModel, add_lora, load_language_model, save_language_model, unpack_gguf
 from poise.tasks.language.records import Records, Text, read_records
 from poise.tasks.language.reference import store_reference
 from poise.tasks.language.tokens import TokenizedRecords, tokenize
@@ -155,16 +155,23 @@ class LanguageTask:
         return name
 
     def folder(self, name: str) -> str:
-        """Return where a model lies; the small one is made first where it is not there (about a minute)."""
-        if self.choose_model(name) != "auto":
-            return self.choose_model(name)
+        """Return the folder that a model is loaded from.
+
+        The small one is made first where it is not there (about a minute), and a GGUF file is unpacked once.
+        """
+        chosen = self.choose_model(name)
+        if chosen.endswith(".gguf"):
+            return str(unpack_gguf(chosen, _model_hash(chosen)))
+        if chosen != "auto":
+            return chosen
         from poise.tasks.language.tiny import tiny_folder
 
         return str(tiny_folder())
 
     def model_code(self, name: str) -> str:
         """Return the sha256 of a model's weights and configuration."""
-        return _model_hash(self.folder(name))
+        chosen = self.choose_model(name)
+        return _model_hash(chosen if chosen != "auto" else self.folder(name))
 
     def split(self, seed: int) -> LanguageSplit:
         """Draw training, validation and test records; answers to one prompt stay together.
