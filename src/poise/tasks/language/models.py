@@ -9,7 +9,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,11 +99,16 @@ def unpack_gguf(file: str | os.PathLike[str], name: str) -> Path:
 
         >>> folder = unpack_gguf("gemma.gguf", name="b1946ac9")  # doctest: +SKIP
     """
-    place = cache_folder() / "models" / f"gguf-{name[:16]}"
+    return cached_model(f"gguf-{name[:16]}", lambda: load_language_model(file))
+
+
+def cached_model(name: str, make: Callable[[], LanguageModel]) -> Path:
+    """Return the folder of this name in the user's cache; a model that is not there yet is made and saved, whole or not at all."""
+    place = cache_folder() / "models" / name
     if not (place / "config.json").is_file():
-        model, tokenizer = load_language_model(file)
+        model, tokenizer = make()
         place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".gguf-", dir=place.parent))
+        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=place.parent))
         try:
             save_language_model(model, tokenizer, made / "lm")
             (made / "lm").replace(place)

@@ -7,18 +7,15 @@ saved in the user's cache folder, and loaded from there as any other model folde
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from poise.cache import cache_folder
 from poise.errors import InputError, MissingDependencyError
 from poise.quantities import random_numbers
-from poise.tasks.language.models import LanguageModel, load_language_model, save_language_model
+from poise.tasks.language.models import LanguageModel, cached_model, load_language_model
 from poise.tasks.language.records import Text
 from poise.tasks.language.replies import mean_reward, tiny_pairs, tiny_prompts, tiny_texts, true_reward
 from poise.tasks.language.tokens import tokenize
@@ -70,21 +67,7 @@ def tiny_folder(*, steps: int = STEPS) -> Path:
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1, and it is {steps}.")
-    place = cache_folder() / "models" / f"replies-{_recipe()}-{steps}"
-    if not (place / "config.json").is_file():
-        model, tokenizer = train_tiny(steps)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".replies-", dir=place.parent))
-        try:
-            save_language_model(model, tokenizer, made / "lm")
-            (made / "lm").replace(place)
-        except OSError:
-            # Another process was first; its model is the same.
-            if not (place / "config.json").is_file():
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    return place
+    return cached_model(f"replies-{_recipe()}-{steps}", lambda: train_tiny(steps))
 
 
 def train_tiny(steps: int = STEPS) -> LanguageModel:
