@@ -65,18 +65,17 @@ def score(
     lengths: dict[str, list[Tensor]] = {side: [] for side in data.sides}
     profile: list[Tensor] = []
     model.eval()
-    # Answers of like length together: less padding, the same numbers.
-    order = data.lengths.argsort(stable=True)
+    order: list[Tensor] = []
     with torch.no_grad():
-        for rows in torch.split(order, batch):
-            moved = {k: v.to(device) for k, v in data.collate([data[int(i)] for i in rows]).items()}
+        for rows, moved in data.batches_by_length(batch, device):
+            order.append(rows)
             found = readout(ModelView(model), Quantities(moved, device=device), frozenset(reads))
             for side in data.sides:
                 sums[side].append(found[f"{side}_logps"].double().sum(-1).cpu())
                 lengths[side].append(moved[f"{side}_mask"].sum(-1).cpu())
             if reference is not None:
                 profile.append(_by_position(found[f"{first}_reverse_kl"], moved[f"{first}_mask"]))
-    back = order.argsort()
+    back = torch.cat(order).argsort()
     both = torch.stack(profile).sum(0) if profile else None
     return Pages(
         {side: torch.cat(parts)[back] for side, parts in sums.items()},

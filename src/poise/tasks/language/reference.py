@@ -75,10 +75,7 @@ def _score(model: nn.Module, data: TokenizedRecords, batch: int) -> dict[str, Te
     found: dict[str, list[Tensor]] = {side: [torch.empty(0)] * len(data) for side in data.sides}
     try:
         with torch.no_grad():
-            # Answers of like length together: less padding, the same numbers.
-            for rows in torch.split(data.lengths.argsort(stable=True), batch):
-                items = [data[int(row)] for row in rows]
-                moved = {k: v.to(device) for k, v in data.collate(items).items()}
+            for rows, moved in data.batches_by_length(batch, device):
                 plan = frozenset(f"{side}_logps" for side in data.sides)
                 read = Language()(ModelView(model), Quantities(moved, device=device), plan)
                 for side in data.sides:

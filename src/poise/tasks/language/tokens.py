@@ -193,6 +193,15 @@ class TokenizedRecords(Dataset[Item]):
         """
         return pad(items, self.pad_id, self.padding)
 
+    def batches_by_length(self, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Item]]:
+        """Give all items once, those of like length together: their positions int64, and the padded batch on a device.
+
+        Less padding than in their own order, and the same numbers.
+        """
+        for rows in torch.split(self.lengths.argsort(stable=True), batch):
+            items = self.collate([self[int(row)] for row in rows])
+            yield rows, {name: values.to(device) for name, values in items.items()}
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of the longest side of each item, int64: what a batch of similar lengths is made by."""
