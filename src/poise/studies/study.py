@@ -614,19 +614,16 @@ def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
 
 def _absolute(location: str | None) -> str | None:
     """Return the absolute path of a file or folder; an embedded task's name stays as it is."""
-    from poise.tasks import EMBEDDED
-    from poise.tasks.load import REPLIES
+    from poise.tasks.load import is_embedded
 
-    inside = location is None or location in EMBEDDED or location == REPLIES
-    return location if inside else str(Path(str(location)).resolve())
+    return location if location is None or is_embedded(location) else str(Path(location).resolve())
 
 
 def _beside(file: Path, location: str | None) -> str | None:
     """Return a path that the file names relative to itself, where it exists there and not from here."""
-    from poise.tasks import EMBEDDED
-    from poise.tasks.load import REPLIES
+    from poise.tasks.load import is_embedded
 
-    if location is None or location in EMBEDDED or location == REPLIES or Path(location).exists():
+    if location is None or is_embedded(location) or Path(location).exists():
         return location
     beside = file.parent / Path(location).name
     relative = file.parent / location

@@ -198,6 +198,11 @@ def load_task(
     )
 
 
+def is_embedded(source: str) -> bool:
+    """Whether a source is a name that Poise knows, and no place."""
+    return source in EMBEDDED or source == REPLIES
+
+
 def is_language_source(text: str) -> bool:
     """Whether a source holds texts for a language model: decided by its name, its suffix, or the columns of a Parquet file."""
     if text == REPLIES:

@@ -302,9 +302,9 @@ class LanguageSplit:
     def measure(self, run: Run, part: str) -> dict[str, float]:
         """Return the metrics of a trained model on "train", "valid" or "test"."""
         now, start = self._pages(run, part)
-        found = {
-            name: value for name, value in metrics(now, start, self._labels(part)).items() if name != "rejected_shift"
-        }
+        # What has no better direction is a curve (`watch`) and no metric.
+        every = metrics(now, start, self._labels(part))
+        found = {name: value for name, value in every.items() if name in self.task.metric_names}
         if self.task.reward is not None:
             found["reward"] = self._reward(run, part)
         return found
