@@ -1,0 +1,17 @@
+"""Weights found by the validation objective: two levels, and how the hypergradient arises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from poise.lazy import load
+
+_HOME = {
+    "Counters": "levels",
+    "Levels": "levels",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _HOME, name)
