@@ -19,6 +19,8 @@ _HOME = {
     "ActivationMask": "activation_mask",
     "AdaptiveKL": "adaptive_kl",
     "Auto": "auto",
+    "GradientTable": "gradient_table",
+    "LogDescent": "descent",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
     "PreferenceGradientWeight": "preference_gradient",

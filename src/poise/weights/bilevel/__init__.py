@@ -9,6 +9,7 @@ from poise.lazy import load
 _HOME = {
     "Counters": "levels",
     "Levels": "levels",
+    "OnlineBilevel": "online",
 }
 __all__ = sorted(_HOME)
 

@@ -188,7 +188,8 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over all tensors jointly, 0-dim."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return joint
 
 
 def shifted(left: Sequence[Tensor], scale: float | Tensor, right: Sequence[Tensor]) -> Tensors:

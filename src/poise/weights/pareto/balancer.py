@@ -22,10 +22,12 @@ class Balancer(nn.Module):
     Class attributes:
         formula: the name of the method in `auto(policy="pareto", method=...)`.
         needs: what it must be told.
+        balances: its weights are for shared parameters alone.
     """
 
     formula: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    balances: ClassVar[bool] = True
 
     def weigh(self, gram: Tensor, values: Tensor) -> Tensor:
         """Return the weights of the rows, f64 [m].
