@@ -21,10 +21,12 @@ class Balancer(nn.Module):
 
     Class attributes:
         formula: the name of the method in `auto(policy="pareto", method=...)`.
+        total: what the weights sum to where no term conflicts with another: "1", "m" (as the plain sum) or "free".
         needs: what it must be told.
     """
 
     formula: ClassVar[str] = ""
+    total: ClassVar[str] = "free"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
     def weigh(self, gram: Tensor, values: Tensor) -> Tensor:
