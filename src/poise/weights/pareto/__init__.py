@@ -6,7 +6,11 @@ from typing import Any
 
 from poise.lazy import load
 
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "GuidedChoice": "guided",
+    "GuidedPareto": "guided",
+    "GuidedSummary": "guided",
+}
 __all__ = sorted(_HOME)
 
 
