@@ -23,6 +23,9 @@ _HOME: dict[str, str] = {
     "RandomWeights": "baselines",
     "UPGrad": "upgrad",
     "Uncertainty": "loss_scale",
+    "GuidedChoice": "guided",
+    "GuidedPareto": "guided",
+    "GuidedSummary": "guided",
 }
 __all__ = sorted(_HOME)
 

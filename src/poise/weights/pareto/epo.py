@@ -13,7 +13,7 @@ from poise.errors import InputError
 from poise.weights.pareto.balancer import Balancer
 from poise.weights.pareto.geometry import Array, array
 from poise.weights.pareto.preferences import spread, stated
-from poise.weights.pareto.simplex_program import simplex_program
+from poise.weights.pareto.simplex_program import maximize_on_simplex
 
 
 class EPO(Balancer):
@@ -79,16 +79,17 @@ class EPO(Balancer):
 
     def _balance(self, g: Array, c: Array, weighted: Array) -> Array | None:
         if not (c > 0).any():
-            return simplex_program(c, g, np.zeros(len(c)))
+            return maximize_on_simplex(c, g, np.zeros(len(c)), tie=g)
         least = np.where(c > 0, -np.inf, c)
         least[weighted == weighted.max()] = 0.0
-        return simplex_program(c, g, least)
+        bound = np.isfinite(least)
+        return maximize_on_simplex(c, g[bound], least[bound], tie=g)
 
     def _descend(self, g: Array, c: Array) -> Array | None:
         rows, least = g, np.zeros(len(c))
         if not self.relax:
             rows, least = np.vstack([g, c]), np.append(least, min(0.0, float(c.max())))
-        return simplex_program(g.sum(0), rows, least)
+        return maximize_on_simplex(g.sum(0), rows, least, tie=g)
 
 
 def non_uniformity(values: Array, preference: Array) -> tuple[float, Array]:
