@@ -172,7 +172,8 @@ def _nondominated(p: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
     step = max(1, _BLOCK // (n * m))
     for start in range(0, n, step):
         rows = p[start : start + step, None]
-        kept[start : start + step] = ~((p >= rows).all(2) & (p > rows).any(2)).any(1)
+        worse = np.all(p >= rows, axis=2) & np.any(p > rows, axis=2)
+        kept[start : start + step] = ~np.any(worse, axis=1)
     return kept
 
 

@@ -6,7 +6,11 @@ from typing import Any
 
 from poise.lazy import load
 
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "GradientInfluence": "influence",
+    "HypervolumeGuidance": "hypervolume",
+    "ParetoArchive": "hypervolume",
+}
 __all__ = sorted(_HOME)
 
 
