@@ -116,16 +116,25 @@ def signals(metrics: dict[str, float], formula: str = "rloo", names: tuple[str, 
 def test_a_step_uses_the_multiplier_of_the_end_of_the_step_before() -> None:
     guidance = HypervolumeGuidance("accuracy")
     seen = []
-    for accuracy in (0.0, 0.5, 0.25):
-        step = signals({"accuracy": accuracy})
+    # The initial model, then what each step's validation found; the third step is made without a new one.
+    for before in ({"accuracy": 0.0}, {"accuracy": 0.5}, {}, {"accuracy": 0.25}):
+        step = signals(before)
         seen.append(guidance.weights(step)["rloo"])
         assert guidance.weights(step)["rloo"] == seen[-1]  # asking twice moves nothing
         guidance.advance(step)
-    assert seen[:2] == [1.0, 1.0]
-    assert seen[2] == pytest.approx(0.5 + 1.5 * math.tanh(0.5))
-    assert guidance.multiplier == 0.5
-    guidance.advance(signals({}))  # no validation in this step
-    assert guidance.multiplier == 0.5
+    raised = 0.5 + 1.5 * math.tanh(0.5)
+    assert seen == pytest.approx([1.0, raised, raised, 0.5])
+    assert guidance.mean == pytest.approx((raised + 0.5) / 2)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_archive() -> None:
+    guidance = HypervolumeGuidance("accuracy", reference=[0.0])
+    first = guidance.weights(signals({"accuracy": 0.5}))
+    assert not len(guidance.archive)
+    assert copy.deepcopy(guidance).multiplier == 1.0
+    assert guidance.weights(signals({})) == first  # the step is made at last, with the validation before it
+    guidance.advance(signals({}))
+    assert len(guidance.archive) == 1
 
 
 def test_the_preference_is_scaled_and_must_lie_on_the_simplex() -> None:

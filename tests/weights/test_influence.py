@@ -41,7 +41,7 @@ def table(seed: int = 0, dtype: torch.dtype = torch.float64) -> GradientTable:
 
 def test_one_update_is_the_closed_form() -> None:
     g, w = gram(), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    found = GradientInfluence(mu=2.0, start={"a": 0.5, "b": 0.3, "c": 0.2}).update(g, lr=0.1)
+    found = GradientInfluence(mu=2.0, initial={"a": 0.5, "b": 0.3, "c": 0.2}).update(g, lr=0.1)
     raised = w * torch.exp(0.1 * g.sum(1) / 2.0)
     torch.testing.assert_close(found, raised / raised.sum(), rtol=1e-13, atol=0)
 
@@ -60,7 +60,7 @@ def test_the_update_maximises_first_order_gain_less_the_divergence() -> None:
 
 
 def test_orthogonal_gradients_of_equal_norm_move_nothing() -> None:
-    influence = GradientInfluence(mu=0.01, start={"a": 0.7, "b": 0.2, "c": 0.1}, lr=1.0)
+    influence = GradientInfluence(mu=0.01, initial={"a": 0.7, "b": 0.2, "c": 0.1}, lr=1.0)
     torch.testing.assert_close(
         influence.update(4 * torch.eye(3)), torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), rtol=1e-14, atol=0
     )
@@ -86,7 +86,7 @@ def test_weights_add_up_to_one_and_stay_positive_under_extreme_influences(size: 
 
 
 def test_a_weight_of_zero_stays_zero() -> None:
-    influence = GradientInfluence(mu=1.0, lr=1.0, start={"a": 0.0, "b": 0.5, "c": 0.5})
+    influence = GradientInfluence(mu=1.0, lr=1.0, initial={"a": 0.0, "b": 0.5, "c": 0.5})
     for _ in range(3):
         w = influence.update(torch.diag(torch.tensor([1e3, 1.0, 0.0])))
     assert w[0] == 0.0
@@ -171,7 +171,10 @@ def test_asking_moves_nothing_and_advancing_keeps_the_weights_of_the_step() -> N
     assert policy.weights(signals(table())) == first
     assert not len(policy.log_weights)  # a step that is skipped leaves no trace
     policy.advance(signals(table()))
-    assert policy.report() == pytest.approx(first)
+    assert policy.current.tolist() == pytest.approx(list(first.values()))
+    assert policy.report() == pytest.approx(
+        {f"influence/{n}": float(i) for n, i in zip(first, policy.influence(table().gram), strict=True)}
+    )
     assert policy.weights(signals(table())) != first
 
 
@@ -210,16 +213,16 @@ def test_bad_input_is_refused_with_words() -> None:
         ({"every": 0}, "every must be at least 1"),
         ({"floor": 0.5}, "floor must lie in"),
         ({"clip": 0.0}, "clip must be positive"),
-        ({"start": {"a": 0.6, "b": 0.6}}, "must add up to 1"),
-        ({"start": {"a": 0.0, "b": 0.0}}, "all weights are 0"),
-        ({"start": {"a": math.nan, "b": 0.6}}, "at least 0 and finite"),
+        ({"initial": {"a": 0.6, "b": 0.6}}, "must add up to 1"),
+        ({"initial": {"a": 0.0, "b": 0.0}}, "all weights are 0"),
+        ({"initial": {"a": math.nan, "b": 0.6}}, "at least 0 and finite"),
     ):
         with pytest.raises(InputError, match=message):
             GradientInfluence(**arguments)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"floor must be below 0\.333"):
         GradientInfluence(floor=0.4).update(gram())
-    with pytest.raises(InputError, match="start has weights for a, b, and the terms are accuracy, length, format"):
-        GradientInfluence(start={"a": 0.5, "b": 0.5}).weights(signals(table()))
+    with pytest.raises(InputError, match="initial has weights for a, b, and the terms are accuracy, length, format"):
+        GradientInfluence(initial={"a": 0.5, "b": 0.5}).weights(signals(table()))
     with pytest.raises(NonFiniteError, match="must be finite"):
         GradientInfluence().update(torch.full((2, 2), math.nan))
     policy = GradientInfluence()

@@ -17,6 +17,7 @@ and the multiplier scales the rewards of the NEXT step. Three ways to use it:
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -256,6 +257,7 @@ class HypervolumeGuidance(nn.Module):
         self.archive = ParetoArchive(directions, reference, normalise, prune)
         self.register_buffer("state", torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
         self._told = False
+        self._next: tuple[ParetoArchive, Tensor] | None = None
 
     state: Tensor
     """The multiplier, the last gain, the sum of the multipliers compared so far, and how many."""
@@ -281,33 +283,45 @@ class HypervolumeGuidance(nn.Module):
         Args:
             vector: [m], or metrics by name. The first becomes the reference, where that is "initial".
         """
+        self._next = self._moved(vector)
+        self._take()
+        return self.multiplier
+
+    def _moved(self, vector: Vector) -> tuple[ParetoArchive, Tensor]:
+        """Return archive and state with one validation more."""
+        archive = copy.deepcopy(self.archive)
+        gain = archive.add(vector)
         first = self.archive.reference is None
-        gain = self.archive.add(vector)
         multiplier = 1.0 if first else self.base + self.scale * math.tanh(gain / self.temperature)
-        step = torch.tensor([0.0, 0.0, multiplier, 1.0], dtype=torch.float64, device=self.state.device)
-        moved = self.state + step
-        moved[0], moved[1] = multiplier, gain
-        self.state.copy_(moved)
-        return multiplier
+        _, _, total, count = self.state.tolist()
+        moved = [multiplier, gain, total, count] if first else [multiplier, gain, total + multiplier, count + 1]
+        return archive, torch.tensor(moved, dtype=torch.float64, device=self.state.device)
+
+    def _take(self) -> None:
+        if self._next is not None:
+            self.archive, self.state = self._next
+            self._next = None
 
     # ---- as a policy --------------------------------------------------------------------------------------------------
 
     def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
-        """Return the preference times the multiplier, for the step that begins."""
+        """Return the preference times the multiplier of the validation before this step, if there has been one; else the last one."""
         self.check(signals.problem.objective)
+        if signals.metrics:
+            self._next = self._moved(signals.metrics)
+        multiplier = self.multiplier if self._next is None else float(self._next[1][0])
         if self.preference is None:
-            return dict.fromkeys(signals.names, self.multiplier)
+            return dict.fromkeys(signals.names, multiplier)
         missing = [name for name in signals.names if name not in self.preference]
         if missing:
             raise InputError(
                 f"hypervolume: the preference has no weight for {', '.join(missing)}; it names {', '.join(self.preference)}."
             )
-        return {name: self.preference[name] * self.multiplier for name in signals.names}
+        return {name: self.preference[name] * multiplier for name in signals.names}
 
     def advance(self, signals: Signals) -> None:
-        """Compare the validation that has just been made, if one has; without one the multiplier stays."""
-        if signals.metrics:
-            self.update(signals.metrics)
+        """Keep what was compared before the step that has been made."""
+        self._take()
 
     def report(self) -> Mapping[str, float]:
         """Return what drove the weights."""
@@ -358,6 +372,10 @@ class HypervolumeGuidance(nn.Module):
                 PoiseWarning,
                 stacklevel=2,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What waits for `advance` is never copied or pickled.
+        return {**self.__dict__, "_next": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> HypervolumeGuidance:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

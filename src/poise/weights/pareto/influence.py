@@ -48,12 +48,12 @@ class GradientInfluence(Balancer):
         floor: smallest weight, in [0, 1/m): the update is then the same maximiser with w >= floor. An objective that is hard
             and sparse has small gradients and otherwise loses its weight, often for good.
         clip: largest norm of each gradient on these parameters before they are compared (published: 1); None leaves them.
-        start: the first weights by name, a point of the simplex; None for equal ones. A weight of 0 stays 0 for ever.
+        initial: the first weights by name, a point of the simplex; None for equal ones. A weight of 0 stays 0 for ever.
 
-    State: `log_weights`, `accumulated` and `steps` (accumulated so far), saved as extra state.
+    State: `log_weights`, `accumulated`, `steps` (accumulated so far) and `last` (influences), saved as extra state.
 
     Raises:
-        InputError: an argument out of range, no parameter of such a name, or start weights off the simplex.
+        InputError: an argument out of range, no parameter of such a name, or initial weights off the simplex.
         NonFiniteError: an influence that is not finite.
 
     >>> influence = GradientInfluence(mu=1.0, lr=1.0)
@@ -74,7 +74,7 @@ class GradientInfluence(Balancer):
         self_term: bool = True,
         floor: float = 0.0,
         clip: float | None = None,
-        start: Mapping[str, float] | None = None,
+        initial: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < mu < math.inf:
@@ -89,9 +89,10 @@ class GradientInfluence(Balancer):
             raise InputError(f"influence: clip must be positive, or None, and it is {clip}.")
         self.mu, self.lr, self.every, self.params = mu, lr, every, params
         self.self_term, self.floor, self.clip = self_term, floor, clip
-        self.start = None if start is None else check_simplex("influence", start)
+        self.initial = None if initial is None else check_simplex("influence", initial)
         self.log_weights = torch.zeros(0, dtype=torch.float64)
         self.accumulated = torch.zeros(0, dtype=torch.float64)
+        self.last = torch.zeros(0, dtype=torch.float64)
         self.steps = 0
         self.labels: tuple[str, ...] = ()
         self._next: _State | None = None
@@ -137,10 +138,10 @@ class GradientInfluence(Balancer):
         rate = (lr if self.lr == "solver" else float(self.lr)) / self.mu
         accumulated, steps = accumulated + influence, self.steps + 1
         if steps < self.every:
-            return log_w, accumulated, steps, labels
+            return log_w, accumulated, steps, labels, influence
         # Less the largest, which cancels in Z: adding a large number to all would round the weights.
         moved = (log_w + rate / steps * (accumulated - accumulated.max())).log_softmax(0)
-        return _floored(moved, self.floor), torch.zeros(m, dtype=torch.float64), 0, labels
+        return _floored(moved, self.floor), torch.zeros_like(influence), 0, labels, influence
 
     def _begin(self, m: int, labels: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         if len(self.log_weights):
@@ -158,19 +159,19 @@ class GradientInfluence(Balancer):
         return self._first(m, labels), zero
 
     def _first(self, m: int, labels: tuple[str, ...]) -> Tensor:
-        if self.start is None:
+        if self.initial is None:
             return torch.full((m,), -math.log(m), dtype=torch.float64)
-        names = labels or tuple(self.start)
-        missing = [name for name in names if name not in self.start]
-        if missing or len(names) != m or len(self.start) != m:
+        names = labels or tuple(self.initial)
+        missing = [name for name in names if name not in self.initial]
+        if missing or len(names) != m or len(self.initial) != m:
             raise InputError(
-                f"influence: start has weights for {', '.join(self.start)}, and the terms are {', '.join(names)}."
+                f"influence: initial has weights for {', '.join(self.initial)}, and the terms are {', '.join(names)}."
             )
-        return torch.tensor([self.start[name] for name in names], dtype=torch.float64).log()
+        return torch.tensor([self.initial[name] for name in names], dtype=torch.float64).log()
 
     def _take(self) -> None:
         if self._next is not None:
-            self.log_weights, self.accumulated, self.steps, self.labels = self._next
+            self.log_weights, self.accumulated, self.steps, self.labels, self.last = self._next
             self._next = None
 
     # ---- as a policy --------------------------------------------------------------------------------------------------
@@ -188,8 +189,8 @@ class GradientInfluence(Balancer):
         self._take()
 
     def report(self) -> Mapping[str, float]:
-        """Return the weights by name."""
-        return dict(zip(self.labels, self.current.tolist(), strict=False))
+        """Return what drove the weights: the influences of the last step."""
+        return {f"influence/{label}": float(i) for label, i in zip(self.labels, self.last, strict=False)}
 
     def _gram(self, table: GradientTable) -> Tensor:
         if self.params is None:
@@ -215,6 +216,7 @@ class GradientInfluence(Balancer):
         return {
             "log_weights": self.log_weights.clone(),
             "accumulated": self.accumulated.clone(),
+            "last": self.last.clone(),
             "steps": self.steps,
             "labels": list(self.labels),
         }
@@ -227,15 +229,16 @@ class GradientInfluence(Balancer):
                 f"influence: the checkpoint has weights of {', '.join(labels)}, and these are {', '.join(self.labels)}."
             )
         self.log_weights, self.accumulated = state["log_weights"].clone(), state["accumulated"].clone()
-        self.steps, self.labels, self._next = int(state["steps"]), labels, None
+        self.last, self.steps, self.labels = state["last"].clone(), int(state["steps"]), labels
+        self._next = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What waits for `advance` is never copied or pickled.
         return {**self.__dict__, "_next": None}
 
 
-_State = tuple[Tensor, Tensor, int, tuple[str, ...]]
-"""Log-weights, accumulator, steps accumulated, labels."""
+_State = tuple[Tensor, Tensor, int, tuple[str, ...], Tensor]
+"""Log-weights, accumulator, steps accumulated, labels, influences."""
 
 
 def _positive(log_w: Tensor) -> Tensor:
