@@ -26,6 +26,9 @@ _HOME: dict[str, str] = {
     "GuidedChoice": "guided",
     "GuidedPareto": "guided",
     "GuidedSummary": "guided",
+    "GradientInfluence": "influence",
+    "HypervolumeGuidance": "hypervolume",
+    "ParetoArchive": "hypervolume",
 }
 __all__ = sorted(_HOME)
 
