@@ -8,7 +8,11 @@ from poise.lazy import load
 
 _HOME = {
     "Counters": "levels",
+    "Differences": "hypergradient",
+    "Hypergradient": "hypergradient",
+    "ImplicitHypergradient": "hypergradient",
     "Levels": "levels",
+    "UnrolledHypergradient": "hypergradient",
 }
 __all__ = sorted(_HOME)
 
