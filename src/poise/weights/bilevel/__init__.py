@@ -8,8 +8,12 @@ from poise.lazy import load
 
 _HOME = {
     "Counters": "levels",
+    "Differences": "hypergradient",
+    "Hypergradient": "hypergradient",
+    "ImplicitHypergradient": "hypergradient",
     "Levels": "levels",
     "OnlineBilevel": "online",
+    "UnrolledHypergradient": "hypergradient",
 }
 __all__ = sorted(_HOME)
 
