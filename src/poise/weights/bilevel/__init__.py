@@ -7,8 +7,18 @@ from typing import Any
 from poise.lazy import load
 
 _HOME = {
+    "AdaptiveSigma": "sigma",
+    "ConstantSigma": "sigma",
     "Counters": "levels",
     "Levels": "levels",
+    "Outer": "method",
+    "PenaltyBilevel": "penalty",
+    "PenaltySweep": "penalty_checks",
+    "PowerSigma": "sigma",
+    "ReciprocalSigma": "sigma",
+    "error_bound_modulus": "penalty_checks",
+    "hypergradient_exact": "penalty_checks",
+    "penalty_sweep": "penalty_checks",
 }
 __all__ = sorted(_HOME)
 
