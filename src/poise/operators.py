@@ -165,7 +165,8 @@ class Ball(ConvexSet):
             return direction
         normal = away / length
         tangent: Tensor = direction - normal * (normal * direction).sum()
-        return tangent * (self.radius / length)
+        moved: Tensor = tangent * (self.radius / length)
+        return moved
 
     def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
         if (point - self.center).norm() < self.radius - tolerance:

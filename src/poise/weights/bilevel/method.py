@@ -134,7 +134,7 @@ class BilevelMethod:
     def _check_start(self, x: Sequence[Tensor], theta: Sequence[Tensor]) -> None:
         own = type(self).__name__
         for name, tensors in (("x", x), ("theta", theta)):
-            if torch.is_tensor(tensors) or not len(tensors):
+            if not isinstance(tensors, list | tuple) or not tensors:
                 raise InputError(
                     f"{own}: {name} is a sequence of one tensor or more, and it is {type(tensors).__name__}."
                 )
