@@ -25,6 +25,11 @@ CATALOGUE: dict[str, str] = {
 """Parts that text may name, and where each is defined; read without importing PyTorch."""
 
 _HOME: dict[str, str] = {
+    "BestResponse": "best_response",
+    "BestResponseConv2d": "best_response",
+    "BestResponseEmbedding": "best_response",
+    "BestResponseLSTM": "best_response_lstm",
+    "BestResponseLinear": "best_response",
     "CompandBarrier": "companding",
     "Compander": "companding",
     "Companding": "companding",
@@ -34,7 +39,9 @@ _HOME: dict[str, str] = {
     "compand": "companding",
     "compand_pretrained": "companding_conversion",
     "companding_of": "companding",
+    "fold_best_response": "best_response_conversion",
     "folded_copy": "companding",
+    "make_best_response": "best_response_conversion",
     "mask_report": "token_mask",
 }
 
