@@ -145,10 +145,10 @@ def test_it_is_a_weight_whose_value_is_read_at_each_evaluation() -> None:
 def test_one_value_for_each_example_weighs_each_example() -> None:
     weight = Hyperparameter("weight", 1.0, 0, 4)
     weight.place(weight.unconstrain(torch.tensor([1.0, 3.0])))
-    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     values = nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
     got = (weight * CrossEntropy())(logits=logits, target=torch.tensor([0, 0]))
-    torch.testing.assert_close(got, (values * torch.tensor([1.0, 3.0])).mean())
+    torch.testing.assert_close(got, (values * torch.tensor([1.0, 3.0], dtype=torch.float64)).mean())
 
 
 def test_it_is_saved_and_copied_with_a_model_and_stays_in_float64() -> None:

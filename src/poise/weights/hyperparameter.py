@@ -168,6 +168,15 @@ class Hyperparameter(nn.Module):
             return torch.logit((torch.log(r) - math.log(self.low)) / (math.log(self._top) - math.log(self.low)))
         return torch.log(r) if self.low == 0 else _inverse_softplus(torch.log(r / self.low))
 
+    def cut(self, value: float) -> float:
+        """Return the nearest value that lies in the range; a hair inside its ends where they are open."""
+        if self.discrete:
+            return min(max(float(round(value)), self.low), self.high)
+        if self.scale == "log":
+            return min(max(value, self.low * (1 + 1e-9), 1e-300), self.high * (1 - 1e-9))
+        width = self.high - self.low if math.isfinite(self.high) else max(1.0, abs(self.start))
+        return min(max(value, self.low + 1e-9 * width), self.high - (1e-9 * width if math.isfinite(self.high) else 0.0))
+
     # ---- the value ---------------------------------------------------------------------------------------------------
 
     @property
