@@ -18,6 +18,7 @@ _HOME = {
     "Constraint": "constraint",
     "ActivationMask": "activation_mask",
     "AdaptiveKL": "adaptive_kl",
+    "Hyperparameter": "hyperparameter",
     "Auto": "auto",
     "GradientTable": "gradient_table",
     "LogDescent": "descent",
