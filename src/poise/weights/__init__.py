@@ -19,13 +19,21 @@ _HOME = {
     "ActivationMask": "activation_mask",
     "AdaptiveKL": "adaptive_kl",
     "Auto": "auto",
+    "LassoRelevance": "relevance",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
     "PreferenceGradientWeight": "preference_gradient",
+    "RelevanceReport": "relevance_report",
+    "SourceWeights": "source_weights",
+    "efficiency": "allocation",
+    "optimal_counts": "allocation",
     "optimal_mixing": "mixing",
+    "planner_score": "allocation",
+    "plug_in_score": "allocation",
     "label_of_strength": "consistency",
     "rank_consistency": "consistency",
     "rank_correlation": "consistency",
+    "risk_bound": "allocation",
 }
 __all__ = sorted(_HOME)
 
