@@ -139,7 +139,7 @@ class ActiveMultiTask:
 
     Args:
         trainer: see `Trainer`; it is trained in place.
-        draw: `draw(task, n)` returns n new samples of a source.
+        draw: `draw(task, n)` returns n new samples of a source. Where it has `state_dict` and `load_state_dict`, these are saved too.
         budget: samples of all sources in all, or money where `relevance` has costs.
         epochs: how often it draws; 2 are enough in theory, 3 a little better in the simulator, 1 is passive.
         target: (inputs, targets) of the target task.
@@ -315,6 +315,7 @@ class ActiveMultiTask:
             "rounds": [asdict(r) for r in self.state.rounds],
             "relevance": self.relevance.state_dict(),
             "trainer": copy.deepcopy(self.trainer.state_dict()),
+            "draw": self.draw.state_dict() if hasattr(self.draw, "state_dict") else None,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -327,5 +328,7 @@ class ActiveMultiTask:
         self.state = _State(state["epoch"], state["counts"].clone(), [Round(**r) for r in state["rounds"]])
         self.relevance.load_state_dict(state["relevance"])
         self.trainer.load_state_dict(copy.deepcopy(state["trainer"]))
+        if hasattr(self.draw, "load_state_dict") and state["draw"] is not None:
+            self.draw.load_state_dict(state["draw"])
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])

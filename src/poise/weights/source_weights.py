@@ -12,6 +12,7 @@ Source: arXiv:2306.02556, where a source with n_t of N samples enters the pooled
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -92,10 +93,8 @@ class SourceWeights(nn.Module):
             term: the loss of every source.
             weights: False gives every source weight 1, for a policy that sets them.
         """
-        import copy
-
         parts = [
-            Summand(copy.deepcopy(term).on(name).named(name), share if weights else 1.0)
+            Summand(copy.deepcopy(term), share if weights else 1.0, name=name, stream=name)
             for name, share in zip(self.names, self.shares.tolist(), strict=True)
             if share > 0 or not weights
         ]
