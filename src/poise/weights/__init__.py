@@ -22,13 +22,21 @@ _HOME = {
     "Auto": "auto",
     "GradientTable": "gradient_table",
     "LogDescent": "descent",
+    "LassoRelevance": "relevance",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
     "PreferenceGradientWeight": "preference_gradient",
+    "RelevanceReport": "relevance_report",
+    "SourceWeights": "source_weights",
+    "efficiency": "allocation",
+    "optimal_counts": "allocation",
     "optimal_mixing": "mixing",
+    "planner_score": "allocation",
+    "plug_in_score": "allocation",
     "label_of_strength": "consistency",
     "rank_consistency": "consistency",
     "rank_correlation": "consistency",
+    "risk_bound": "allocation",
 }
 __all__ = sorted(_HOME)
 
