@@ -13,7 +13,7 @@ from poise.errors import InputError
 from poise.weights.pareto.balancer import Balancer
 from poise.weights.pareto.geometry import Array, array
 from poise.weights.pareto.preferences import spread, stated
-from poise.weights.pareto.simplex_program import simplex_program
+from poise.weights.pareto.simplex_program import maximize_on_simplex
 
 
 class EPO(Balancer):
@@ -78,17 +78,16 @@ class EPO(Balancer):
         return torch.from_numpy(r / r.sum() if found is None else found)
 
     def _balance(self, g: Array, c: Array, weighted: Array) -> Array | None:
-        if not (c > 0).any():
-            return simplex_program(c, g, np.zeros(len(c)))
-        least = np.where(c > 0, -np.inf, c)
-        least[weighted == weighted.max()] = 0.0
-        return simplex_program(c, g, least)
+        # What serves the ratio may rise freely, but for the term that is farthest above it.
+        held = (c <= 0) | (weighted == weighted.max()) if (c > 0).any() else np.ones(len(c), dtype=bool)
+        least = np.where((c <= 0) & (weighted < weighted.max()) & (c > 0).any(), c, 0.0)
+        return maximize_on_simplex(c, g[held], least[held], tie=g)
 
     def _descend(self, g: Array, c: Array) -> Array | None:
         rows, least = g, np.zeros(len(c))
         if not self.relax:
             rows, least = np.vstack([g, c]), np.append(least, min(0.0, float(c.max())))
-        return simplex_program(g.sum(0), rows, least)
+        return maximize_on_simplex(g.sum(0), rows, least, tie=g)
 
 
 def non_uniformity(values: Array, preference: Array) -> tuple[float, Array]:
