@@ -1,4 +1,4 @@
-"""Balancers against independent solutions: faces by brute force, conditions of optimality, and other people's solvers of the same problem."""
+"""Balancers against independent solutions: faces by brute force, conditions of optimality, general solvers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import LinearConstraint, minimize
 from random_gradients import Array, gradients, gram, make
+from scipy.optimize import LinearConstraint, minimize
 
 from poise.weights.pareto.cagrad import CAGrad
 from poise.weights.pareto.imtl import IMTLG

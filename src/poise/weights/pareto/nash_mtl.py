@@ -46,8 +46,8 @@ class NashMTL(MovingBalancer):
     Source: arXiv:2202.01017, claim 3.1 and algorithm 1.
 
     Example:
-        >>> NashMTL(max_norm=0).weigh(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2))
-        tensor([1., 1.], dtype=torch.float64)
+        >>> NashMTL(max_norm=0).weigh(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.zeros(2))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
     formula: ClassVar[str] = "nash_mtl"
