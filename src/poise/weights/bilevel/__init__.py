@@ -7,8 +7,10 @@ from typing import Any
 from poise.lazy import load
 
 _HOME = {
+    "BestRecord": "self_tuning",
     "Counters": "levels",
     "Levels": "levels",
+    "SelfTuning": "self_tuning",
 }
 __all__ = sorted(_HOME)
 
