@@ -7,6 +7,7 @@ from typing import Any
 from poise.lazy import load
 
 _HOME = {
+    "BestRecord": "self_tuning",
     "AdaptiveSigma": "sigma",
     "ConstantSigma": "sigma",
     "Counters": "levels",
@@ -14,6 +15,7 @@ _HOME = {
     "Hypergradient": "hypergradient",
     "ImplicitHypergradient": "hypergradient",
     "Levels": "levels",
+    "SelfTuning": "self_tuning",
     "OnlineBilevel": "online",
     "Outer": "method",
     "PenaltyBilevel": "penalty",
