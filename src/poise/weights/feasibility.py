@@ -70,7 +70,7 @@ class Feasibility(NamedTuple):
             return (
                 f"The constraint {self.label} {self.bound} looks infeasible: its multiplier grew to {self.multiplier:.3g} and the "
                 f"violation stood still at {self.violation:.3g}. Loosen the bound; if it can be reached, raise the constraint's lr, "
-                "so that the multiplier gets there in this run."
+                "so that the multiplier gets there in this run; or end its growth with largest=."
             )
         return (
             f"The constraint {self.label} {self.bound} does not hold at the end of the run: the violation is {self.violation:.3g}, and "
@@ -102,15 +102,22 @@ def judge_constraints(objective: Objective, history: History | Curves) -> tuple[
         if not steps:
             continue
         # Training may hold a stricter bound; what is judged is the one that was written.
-        last = _mean([v for s, v in zip(steps, violations, strict=True) if s > (1 - _TAIL) * steps[-1]]) - float(module.margin)
+        last = _mean([v for s, v in zip(steps, violations, strict=True) if s > (1 - _TAIL) * steps[-1]]) - float(
+            module.margin
+        )
         size = abs(last) if module.kind == "equal" else last
         feasible = bool(size <= module.tolerance)
         bound = f"{_RELATIONS[module.kind]} {module.bound:g}"
         found.append(
             Feasibility(
-                label, bound, last, module.tolerance, float(multipliers[-1]), feasible,
+                label,
+                bound,
+                last,
+                module.tolerance,
+                float(multipliers[-1]),
+                feasible,
                 not feasible and _stands_still(violations, multipliers),
-            )  # fmt: skip
+            )
         )
     return tuple(found)
 
@@ -186,15 +193,15 @@ class TightenOnValidation:
     Args:
         label: the constrained term.
         metric: the validation metric that measures the same quantity, in the same units (`valid/<metric>` of the history).
-        rate: how fast the margin follows, in (0, 1].
+        rate: how fast the margin follows, in (0, 1]; the multiplier needs the steps between several validations to follow it.
 
     Raises:
         InputError: no constraint has this label, it is an equality, or the metric is not measured.
 
-    >>> callback = TightenOnValidation("error_rate", "error", rate=0.5)
+    >>> callback = TightenOnValidation("error_rate", "error")
     """
 
-    def __init__(self, label: str, metric: str, rate: float = 0.5) -> None:
+    def __init__(self, label: str, metric: str, rate: float = 0.1) -> None:
         if not 0 < rate <= 1:
             raise InputError(f"TightenOnValidation: rate must lie in (0, 1], and it is {rate}.")
         self.label, self.metric, self.rate = label, metric, rate
@@ -209,7 +216,9 @@ class TightenOnValidation:
                 + nearest(self.label, known)
             )
         if known[self.label].kind == "equal":
-            raise InputError(f"TightenOnValidation: {self.label} is held at a value, so no side of it can be tightened.")
+            raise InputError(
+                f"TightenOnValidation: {self.label} is held at a value, so no side of it can be tightened."
+            )
 
     def on_step_end(self, state: FitState) -> None:
         """Take a validation that was made within an epoch; it is seen one step later."""
@@ -223,7 +232,9 @@ class TightenOnValidation:
         """Say where the metric was never there."""
         if not self.seen:
             offered = ", ".join(k.removeprefix("valid/") for k in state.history if k.startswith("valid/"))
-            raise InputError(f"TightenOnValidation: no metric is called {self.metric!r}; these are: {offered or 'none'}.")
+            raise InputError(
+                f"TightenOnValidation: no metric is called {self.metric!r}; these are: {offered or 'none'}."
+            )
 
     def _tighten(self, state: FitState) -> None:
         values = state.history.get(f"valid/{self.metric}", [])
