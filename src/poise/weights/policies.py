@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, str]] = {
         "cg": "bilevel.online:OnlineBilevel",
         "neumann": "bilevel.online:OnlineBilevel",
         "one_step": "bilevel.online:OnlineBilevel",
+        "self_tuning": "bilevel.self_tuning:SelfTuning",
     },
 }
 """By policy, every method and its class within `poise.weights`; the class takes what is written behind the name as arguments."""
