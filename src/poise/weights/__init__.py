@@ -21,6 +21,7 @@ _HOME = {
     "Auto": "auto",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
+    "PerSampleWeight": "per_sample",
     "PreferenceGradientWeight": "preference_gradient",
     "optimal_mixing": "mixing",
     "label_of_strength": "consistency",
