@@ -126,7 +126,9 @@ class Policies:
             every.append(signals)
             for name, weight in owner.policy.weights(signals).items():
                 if name not in owner.weights:
-                    raise InputError(f"{type(owner.policy).__name__} gave a weight {name!r}; it owns {', '.join(owner.weights) or 'none'}.")
+                    raise InputError(
+                        f"{type(owner.policy).__name__} gave a weight {name!r}; it owns {', '.join(owner.weights) or 'none'}."
+                    )
                 owner.weights[name].current = checked(name, weight)
             if problem.has_table:
                 problem.weigh({n: w.current for n, w in owner.weights.items()}, own=owner.balances)

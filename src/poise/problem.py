@@ -548,6 +548,17 @@ class Problem:
             total[name] = total[name] + g if name in total else g
         self._prepared, self._table = total, None
 
+    def settle(self) -> None:
+        """Say that a policy has moved the parameters itself: the solver finds no gradient in this step."""
+        self._prepared, self._table = {}, None
+
+    def fresh(self) -> Problem:
+        """Return the same step once more, with nothing evaluated yet and nothing recorded."""
+        return type(self)(
+            self.model, self.objective, self.batches, self.readout, key=self.key, device=self.device, autocast=self.autocast,
+            record=False, named=self.named,
+        )  # fmt: skip
+
     def reweigh(self) -> None:
         """Say what the step is worth under weights that have changed since it was evaluated."""
         if not self.step.evaluations:

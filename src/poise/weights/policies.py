@@ -30,9 +30,13 @@ METHODS: dict[str, dict[str, str]] = {
         "upgrad": "pareto.upgrad:UPGrad",
     },
     "bilevel": {
+        "bo_rep": "bilevel.driven:DrivenBilevel",
         "cg": "bilevel.online:OnlineBilevel",
+        "hoag": "bilevel.driven:DrivenBilevel",
+        "maid": "bilevel.driven:DrivenBilevel",
         "neumann": "bilevel.online:OnlineBilevel",
         "one_step": "bilevel.online:OnlineBilevel",
+        "penalty": "bilevel.driven:DrivenBilevel",
         "self_tuning": "bilevel.self_tuning:SelfTuning",
     },
 }
@@ -80,7 +84,7 @@ def make_policy(policy: str, method: str | None = None) -> Any:
     made = getattr(importlib.import_module(f"poise.weights.{module}"), attribute)
     try:
         # A class that stands for several methods is told which one.
-        return made(method=name, **arguments) if attribute == "OnlineBilevel" else made(**arguments)
+        return made(method=name, **arguments) if attribute in ("DrivenBilevel", "OnlineBilevel") else made(**arguments)
     except TypeError as error:
         raise InputError(f"{text}: {error}.") from None
 

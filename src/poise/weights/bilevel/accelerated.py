@@ -147,7 +147,14 @@ class _Sweep:
     """One solution: the state of the iteration over the samples that are not done."""
 
     def __init__(
-        self, solver: AcceleratedGradient, x: Tensors, theta: Tensors, batch: Any, rows: Tensor, mu: Tensor, smooth: Tensor
+        self,
+        solver: AcceleratedGradient,
+        x: Tensors,
+        theta: Tensors,
+        batch: Any,
+        rows: Tensor,
+        mu: Tensor,
+        smooth: Tensor,
     ) -> None:
         self.solver, self.theta, self.batch, self.form = solver, theta, batch, x
         self.best, self.sizes = rows.clone(), torch.full_like(rows[:, 0], math.inf)

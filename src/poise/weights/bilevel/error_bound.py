@@ -122,7 +122,14 @@ class ErrorBound:
         self._x_direction = direction
 
     def measure_lower(
-        self, x: Tensors, theta: Tensors, batch: Any, derivatives: Linearised, found: Hypergradient, eps: float, mu: float
+        self,
+        x: Tensors,
+        theta: Tensors,
+        batch: Any,
+        derivatives: Linearised,
+        found: Hypergradient,
+        eps: float,
+        mu: float,
     ) -> None:
         """Measure norm(J) at x, and how J and the inverse of H change over a distance of about eps."""
         if self.given["jacobian_norm"] is None:

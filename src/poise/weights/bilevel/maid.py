@@ -193,7 +193,12 @@ class MAID:
         self.levels, self.theta, self.x = levels, detached(theta), detached(x)
         self.eps, self.delta, self.alpha = eps0, delta0, step0
         self.rho, self.rho_up, self.nu, self.nu_up, self.eta, self.lam = rho, rho_up, nu, nu_up, eta, lam
-        self.max_backtracks, self.max_refine, self.bounds, self.tolerance = max_backtracks, max_refine, bounds, tolerance
+        self.max_backtracks, self.max_refine, self.bounds, self.tolerance = (
+            max_backtracks,
+            max_refine,
+            bounds,
+            tolerance,
+        )
         self.fixed = accuracy == "fixed"
         self.check_descent = check_descent and not self.fixed
         self.samples = samples
@@ -448,12 +453,16 @@ def _check_factors(
         if not 1 <= value < math.inf:
             raise InputError(f"MAID: {name} must be at least 1; it is {value}.")
     if not 0 < lam < eta < 1:
-        raise InputError(f"MAID: 0 < lam < eta < 1 is needed, so that an accurate enough step exists; they are {lam} and {eta}.")
+        raise InputError(
+            f"MAID: 0 < lam < eta < 1 is needed, so that an accurate enough step exists; they are {lam} and {eta}."
+        )
 
 
 def _check_sizes(max_backtracks: int, max_refine: int, accuracy: str, bounds: tuple[float, float] | None) -> None:
     if max_backtracks < 1 or max_refine < 0:
-        raise InputError(f"MAID: max_backtracks must be >= 1 and max_refine >= 0; they are {max_backtracks}, {max_refine}.")
+        raise InputError(
+            f"MAID: max_backtracks must be >= 1 and max_refine >= 0; they are {max_backtracks}, {max_refine}."
+        )
     if accuracy not in ("adaptive", "fixed"):
         raise InputError(f"MAID: accuracy must be 'adaptive' or 'fixed'; it is {accuracy!r}.")
     if bounds is not None and not bounds[0] < bounds[1]:
