@@ -351,8 +351,13 @@ def test_a_factor_that_is_a_schedule_moves_the_row_with_it() -> None:
 
 @pytest.mark.parametrize(
     ("method", "steps"),
-    [("maid(step0=1.0)", 60), ("hoag", 60), ("penalty(lr=3.0, inner_steps=60, sigma=0.01)", 200), ("bo_rep(lr=0.05, inner_steps=60, system_lr=0.2)", 200)],
-)  # fmt: skip
+    [
+        ("maid(step0=1.0)", 60),
+        ("hoag", 60),
+        ("penalty(lr=3.0, inner_steps=60, sigma=0.01)", 100),
+        ("bo_rep(lr=0.05, inner_steps=60, system_lr=0.2)", 100),
+    ],
+)
 def test_a_method_in_a_formula_finds_the_weight_that_validation_wants(method: str, steps: int) -> None:
     x, y, xv, yv = ridge()
 

@@ -30,17 +30,17 @@ METHODS: dict[str, dict[str, str]] = {
         "upgrad": "pareto.upgrad:UPGrad",
     },
     "bilevel": {
-        "bo_rep": "bilevel.driven:DrivenBilevel",
-        "cg": "bilevel.online:OnlineBilevel",
-        "hoag": "bilevel.driven:DrivenBilevel",
-        "maid": "bilevel.driven:DrivenBilevel",
-        "neumann": "bilevel.online:OnlineBilevel",
-        "one_step": "bilevel.online:OnlineBilevel",
-        "penalty": "bilevel.driven:DrivenBilevel",
+        "bo_rep": "bilevel.driven:bo_rep",
+        "cg": "bilevel.online:cg",
+        "hoag": "bilevel.driven:hoag",
+        "maid": "bilevel.driven:maid",
+        "neumann": "bilevel.online:neumann",
+        "one_step": "bilevel.online:one_step",
+        "penalty": "bilevel.driven:penalty",
         "self_tuning": "bilevel.self_tuning:SelfTuning",
     },
 }
-"""By policy, every method and its class within `poise.weights`; the class takes what is written behind the name as arguments."""
+"""By policy, every method and what makes it within `poise.weights`, called with what is written behind the name."""
 DEFAULTS = {"pareto": "upgrad", "bilevel": "one_step"}
 """The method of a policy where none is named."""
 POLICIES = ("search", *METHODS)
@@ -83,8 +83,7 @@ def make_policy(policy: str, method: str | None = None) -> Any:
     module, _, attribute = known[name].partition(":")
     made = getattr(importlib.import_module(f"poise.weights.{module}"), attribute)
     try:
-        # A class that stands for several methods is told which one.
-        return made(method=name, **arguments) if attribute in ("DrivenBilevel", "OnlineBilevel") else made(**arguments)
+        return made(**arguments)
     except TypeError as error:
         raise InputError(f"{text}: {error}.") from None
 

@@ -1,6 +1,7 @@
 """Bilevel methods that move the model themselves, as policies of a run: MAID, HOAG, BO-REP and the penalty method.
 
-    fit(linear_model, "squared_error + auto(policy='bilevel', method='maid')*l2(biases=True)", train, valid, batch_size=len(train), steps=50)
+    formula = "squared_error + auto(policy='bilevel', method='maid')*l2(biases=True)"
+    fit(nn.Linear(6, 1), formula, train, valid, batch_size=len(train), steps=50)
 
 One step of the run is one outer step of the method. It solves, or moves, the lower level on the training objective, judges by the
 validation objective, moves the logarithms of the weights, and leaves the model where the lower level stands: the run's own solver finds
@@ -255,3 +256,23 @@ class DrivenBilevel(nn.Module):
             self._saved = state["made"]
         elif state["made"] is not None:
             self._made.load_state_dict(state["made"])
+
+
+def maid(**options: Any) -> DrivenBilevel:
+    """Solve the training objective just accurately enough for every step of the weights to be sure: strongly convex problems, full batch."""
+    return DrivenBilevel("maid", **options)
+
+
+def hoag(**options: Any) -> DrivenBilevel:
+    """Solve the training objective to accuracies from a schedule, and step by an approximate gradient: smooth problems, full batch."""
+    return DrivenBilevel("hoag", **options)
+
+
+def bo_rep(**options: Any) -> DrivenBilevel:
+    """Move weights by steps of fixed length, with the model frozen between refreshes: for recurrent networks, whose gradients explode."""
+    return DrivenBilevel("bo_rep", **options)
+
+
+def penalty(**options: Any) -> DrivenBilevel:
+    """Descend on both levels as one weighted sum, with first derivatives alone: large models, constraints, several minima."""
+    return DrivenBilevel("penalty", **options)
