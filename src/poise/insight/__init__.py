@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 # At once, because function and file share a name and the function is what users mean.
@@ -103,7 +104,13 @@ __all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_
 __all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
+_ELSEWHERE = {"ParetoArchive": "poise.weights.pareto", "hypervolume": "poise.metrics.pareto"}
+"""Names that belong to rooms below, offered here too because a report is where one looks for them."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     return load(__name__, _HOME, name)
 
 

@@ -28,25 +28,26 @@ class GradientTable:
         labels: names of the rows.
         values: their values, f64 [m].
         rows: their gradients; a parameter that a row does not reach is absent.
-        shared: names of the parameters that are weighed; by default those that two rows or more reach.
+        shared: names of the parameters that are weighed; by default those that two rows or more reach; "all" for whatever a row reaches.
 
     Raises:
         InputError: a row reaches no shared parameter, or no two rows share any.
     """
 
     def __init__(
-        self, labels: Sequence[str], values: Tensor, rows: Sequence[Gradient], shared: Sequence[str] | None = None
+        self, labels: Sequence[str], values: Tensor, rows: Sequence[Gradient], shared: Sequence[str] | str | None = None
     ) -> None:
         self.labels, self.values, self.rows = tuple(labels), values.detach().double(), tuple(rows)
-        if shared is None:
+        everything = shared == "all" or len(rows) == 1
+        if shared is None or shared == "all":
             reached: dict[str, int] = {}
             for row in rows:
                 for name in row:
                     reached[name] = reached.get(name, 0) + 1
-            shared = [name for name, times in reached.items() if times > 1 or len(rows) == 1]
+            shared = [name for name, times in reached.items() if times > 1 or everything]
         self.shared = tuple(shared)
         for label, row in zip(self.labels, self.rows, strict=True):
-            if not any(name in row for name in self.shared):
+            if not everything and not any(name in row for name in self.shared):
                 raise InputError(
                     f"{label} has no gradient on a parameter that another term reaches as well, so there is nothing to balance. "
                     "Give it a fixed weight, or name the shared parameters with shared=..."

@@ -7,8 +7,25 @@ from typing import Any
 from poise.lazy import load
 
 _HOME = {
+    "BestRecord": "self_tuning",
+    "AdaptiveSigma": "sigma",
+    "ConstantSigma": "sigma",
     "Counters": "levels",
+    "Differences": "hypergradient",
+    "Hypergradient": "hypergradient",
+    "ImplicitHypergradient": "hypergradient",
     "Levels": "levels",
+    "SelfTuning": "self_tuning",
+    "OnlineBilevel": "online",
+    "Outer": "method",
+    "PenaltyBilevel": "penalty",
+    "PenaltySweep": "penalty_checks",
+    "PowerSigma": "sigma",
+    "ReciprocalSigma": "sigma",
+    "UnrolledHypergradient": "hypergradient",
+    "error_bound_modulus": "penalty_checks",
+    "hypergradient_exact": "penalty_checks",
+    "penalty_sweep": "penalty_checks",
 }
 __all__ = sorted(_HOME)
 
