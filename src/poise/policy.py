@@ -8,7 +8,7 @@ fit(model, "a + b", ..., policy="mgda")                  # balances every term
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,10 @@ class Policies:
 
     @property
     def upper(self) -> Objective:
-        """The validation objective: what a policy says, else the terms that read data and stand at a fixed weight."""
+        """The validation objective: what a policy says, else the terms that read data and stand at a fixed weight.
+
+        A policy may say the name of a term of the run: that very term then, so that what it has learned is there.
+        """
         said = {str(text): text for owner in self.owners if (text := getattr(owner.policy, "upper", None)) is not None}
         if len(said) > 1:
             raise InputError(f"The policies name different validation objectives: {', '.join(said)}. Name one.")
@@ -99,6 +102,9 @@ class Policies:
             (text,) = said.values()
             from poise.formula import parse
 
+            own = {e.label: e.summand for e in self.objective._entries}
+            if isinstance(text, str) and text in own:
+                return Objective([replace(own[text], weight=1)])
             return parse(text) if isinstance(text, str) else Objective() + text
         return default_upper(self.objective)
 
