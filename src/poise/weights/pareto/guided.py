@@ -326,7 +326,9 @@ def check_shapes(gram: Tensor, guide_dot: Tensor, guide_value: float, names: tup
     bad = [name for name, ok in zip(names, torch.isfinite(gram).all(1).tolist(), strict=True) if not ok]
     own = [name for name, ok in zip(names, torch.isfinite(gram.diagonal()).tolist(), strict=True) if not ok]
     if bad:
-        raise NonFiniteError(f"guided: the gradient of {', '.join(own or bad)} is not finite, so the step has no weights.")
+        raise NonFiniteError(
+            f"guided: the gradient of {', '.join(own or bad)} is not finite, so the step has no weights."
+        )
     if not bool(torch.isfinite(guide_dot).all()) or not math.isfinite(guide_value):
         raise NonFiniteError("guided: the guide or its gradient is not finite, so the step has no weights.")
 
