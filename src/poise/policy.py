@@ -63,6 +63,8 @@ class Policies:
         self.owners = [self._owner(make_policy(*key), {n: autos[n] for n in names}) for key, names in made.items()]
         if given is not None and plain:
             self.owners.append(self._owner(given, {n: autos[n] for n in plain}))
+        elif given is not None and getattr(given, "tunes_hyperparameters", False):
+            self.owners.append(Owner(given, {}))
         elif given is not None:
             self._refuse_needless(objective, given, made)
             self.owners.append(Owner(given, {label: OwnedWeight(label) for label in objective.labels}))
@@ -123,6 +125,8 @@ class Policies:
             )  # fmt: skip
             every.append(signals)
             for name, weight in owner.policy.weights(signals).items():
+                if name not in owner.weights:
+                    raise InputError(f"{type(owner.policy).__name__} gave a weight {name!r}; it owns {', '.join(owner.weights) or 'none'}.")
                 owner.weights[name].current = checked(name, weight)
             if problem.has_table:
                 problem.weigh({n: w.current for n, w in owner.weights.items()}, own=owner.balances)
@@ -140,6 +144,11 @@ class Policies:
         """Every owned weight as it is now; the mean of one that weighs every example."""
         values = {name: w.current for owner in self.owners for name, w in owner.weights.items()}
         return {name: float(w.mean()) if isinstance(w, Tensor) else float(w) for name, w in values.items()}
+
+    def discard(self, every: list[Signals]) -> None:
+        """Let the policies put back what they changed for a step that was not taken."""
+        for owner, signals in zip(self.owners, every, strict=True):
+            getattr(owner.policy, "discard", lambda signals: None)(signals)
 
     def report(self) -> dict[str, float]:
         """Return the curves of the policies: every weight, and what a policy has to say."""

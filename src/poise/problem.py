@@ -244,7 +244,10 @@ class Policy(Protocol):
         needs: what it must be told: "values", "gradients", "validation", "metrics". A run that cannot tell refuses.
 
     It may also define `bind(starts, ranges)`, called once with the weights' first values and their ranges by name;
-    `report() -> Mapping[str, float]`, drawn in the run's curves; and `upper`, the validation objective as a formula.
+    `report() -> Mapping[str, float]`, drawn in the run's curves; `discard(signals)`, called in place of `advance` where a step was
+    skipped; `start`, the weights' first value; `upper`, the validation objective as a formula; `valid_batch`, how many validation
+    rows it wants to see; `balances`, whether its weights are for shared parameters alone; and `tunes_hyperparameters`, whether it
+    has work to do although no weight is `auto`.
     """
 
     needs: frozenset[str]

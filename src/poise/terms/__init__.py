@@ -33,6 +33,7 @@ CATALOGUE: dict[str, str] = {
     "dpo": "poise.terms.preference.dpo:DPO",
     "dpop": "poise.terms.preference.dpo:DPOP",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
+    "error_rate": "poise.terms.supervised:ErrorRate",
     "exo_pair": "poise.terms.preference.margin_losses:EXOPair",
     "expected_reward": "poise.terms.regularised_reward:ExpectedReward",
     "f_sft": "poise.terms.preference.bridge:FSFT",

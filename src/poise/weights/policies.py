@@ -9,11 +9,31 @@ from poise.call_text import parse_call
 from poise.errors import InputError, nearest
 
 METHODS: dict[str, dict[str, str]] = {
-    "pareto": {},
+    "pareto": {
+        "cagrad": "pareto.cagrad:CAGrad",
+        "dynamic_average": "pareto.loss_scale:DynamicAverage",
+        "epo": "pareto.epo:EPO",
+        "fixed": "pareto.baselines:FixedPreference",
+        "grad_norm": "pareto.grad_norm:GradNorm",
+        "guided": "pareto.guided:GuidedPareto",
+        "hypervolume": "pareto.hypervolume:HypervolumeGuidance",
+        "imtl_g": "pareto.imtl:IMTLG",
+        "imtl_l": "pareto.loss_scale:IMTLL",
+        "influence": "pareto.influence:GradientInfluence",
+        "loss_scale": "pareto.loss_scale:LossScale",
+        "mgda": "pareto.mgda:MGDA",
+        "nash_mtl": "pareto.nash_mtl:NashMTL",
+        "normalised": "pareto.normalised:Normalised",
+        "pcgrad": "pareto.pcgrad:PCGrad",
+        "random": "pareto.baselines:RandomWeights",
+        "uncertainty": "pareto.loss_scale:Uncertainty",
+        "upgrad": "pareto.upgrad:UPGrad",
+    },
     "bilevel": {
         "cg": "bilevel.online:OnlineBilevel",
         "neumann": "bilevel.online:OnlineBilevel",
         "one_step": "bilevel.online:OnlineBilevel",
+        "self_tuning": "bilevel.self_tuning:SelfTuning",
     },
 }
 """By policy, every method and its class within `poise.weights`; the class takes what is written behind the name as arguments."""
