@@ -59,8 +59,8 @@ class GradientTable:
         gram = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
         for name in self.shared:
             places = [i for i, row in enumerate(self.rows) if name in row]
-            flat = torch.stack([self.rows[i][name].flatten() for i in places])
-            gram[torch.tensor(places)[:, None], torch.tensor(places)] += (flat @ flat.T).double().cpu()
+            found = _inner_products([self.rows[i][name].flatten() for i in places])
+            gram[torch.tensor(places)[:, None], torch.tensor(places)] += found.double().cpu()
         return gram
 
     @property
@@ -100,3 +100,20 @@ class GradientTable:
                 else:
                     total[name] = g * factor
         return total
+
+
+_LARGE, _FEW = 1 << 14, 6
+
+
+def _inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of vectors of one length, [m, m]."""
+    first = vectors[0]
+    if first.device.type != "cpu" or len(first) < _LARGE or len(vectors) > _FEW:
+        flat = torch.stack(list(vectors))
+        return flat @ flat.T
+    # A few long vectors in the processor's memory: putting them together copies them, which costs as much as their products.
+    found = first.new_empty(len(vectors), len(vectors))
+    for i, a in enumerate(vectors):
+        for j in range(i, len(vectors)):
+            found[i, j] = found[j, i] = torch.dot(a, vectors[j])
+    return found
