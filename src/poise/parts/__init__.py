@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CATALOGUE", "apply_part", "parse_part"]
 
 CATALOGUE: dict[str, str] = {
+    "best_response": "poise.parts.best_response_conversion:make_best_response",
     "compand": "poise.parts.companding:compand",
 }
 """Parts that text may name, and where each is defined; read without importing PyTorch."""

@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from poise import processes
+from poise.coefficient import leaves_of
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.quantities import derive
 from poise.response_input import ResponseInput, response_input_of
 from poise.weights.bilevel.response_step import ResponseStep
-from poise.weights.hyperparameter import Hyperparameter, check_names
+from poise.weights.hyperparameter import Hyperparameter, HyperparameterWeight, check_names
 from poise.weights.hyperparameter_schedule import HyperparameterSchedule
+from poise.weights.owned import OwnedWeight
 
 if TYPE_CHECKING:
     from poise.problem import Problem, Signals
@@ -347,9 +349,29 @@ class SelfTuning(nn.Module):
         rows = self._rows(signals.problem, raw, functional.softplus(self.free_scale), signals.step, "train")
         self._place(rows)
         try:
-            self._response(signals.problem, inputs, rows - raw, signals.lr)
+            with self._weighing(signals):
+                self._response(signals.problem, inputs, rows - raw, signals.lr)
         finally:
             self._clear(inputs)
+
+    @contextmanager
+    def _weighing(self, signals: Signals) -> Iterator[None]:
+        """Let the weights that this policy owns have the values that are placed, one for each example."""
+        tuned = {hyper.name: hyper for hyper in self.tuned if hyper.name in signals.names}
+        owned = [
+            leaf
+            for entry in signals.problem.objective._entries
+            for leaf in leaves_of(entry.weight)
+            if isinstance(leaf, OwnedWeight) and leaf.name in tuned
+        ]
+        before = [leaf.current for leaf in owned]
+        for leaf in owned:
+            leaf.current = tuned[leaf.name].read()
+        try:
+            yield
+        finally:
+            for leaf, current in zip(owned, before, strict=True):
+                leaf.current = current
 
     def _move(self, of_raw: Tensor, of_scale: Tensor) -> None:
         """Adam on h and, where they are learned, on the scales."""
@@ -401,9 +423,6 @@ class SelfTuning(nn.Module):
 
     def _settle_weights(self, signals: Signals) -> None:
         """A weight before a term with one value is one number; under "delta" a term must speak through the model's outputs."""
-        from poise.coefficient import leaves_of
-        from poise.weights.hyperparameter import HyperparameterWeight
-
         entries = {e.label: e for e in signals.problem.objective._entries}
         weighed: dict[str, list[str]] = {
             name: list(getattr(signals, "rows", {}).get(name, ())) for name in signals.names
