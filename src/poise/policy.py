@@ -3,6 +3,7 @@
 fit(model, "a + auto(policy='bilevel')*l2", ...)        # made from the formula
 fit(model, "a + auto*l2", ..., policy=OnlineBilevel())   # owns every `auto` that names no policy
 fit(model, "a + b", ..., policy="mgda")                  # balances every term
+fit(model, "a + b", ..., policy=SelfTuning(hypers))      # owns no weight: tunes what the model's layers and the terms read
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from poise.errors import InputError
 from poise.objective import Objective, replace_weights
 from poise.problem import Policy, Problem, Signals
 from poise.weights.auto import Auto
+from poise.weights.hyperparameter import HyperparameterWeight
 from poise.weights.owned import OwnedWeight, rows_of
 from poise.weights.policies import find_policy, make_policy
 
@@ -233,7 +235,7 @@ def default_upper(objective: Objective) -> Objective:
     kept = [
         e.summand
         for e in objective._entries
-        if not any(isinstance(leaf, OwnedWeight) for leaf in leaves_of(e.weight))
+        if not any(isinstance(leaf, OwnedWeight | HyperparameterWeight) for leaf in leaves_of(e.weight))
         and not e.auxiliary
         and set(e.term.reads) - {"parameters", "model"}
     ]
