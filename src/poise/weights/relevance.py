@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.errors import InputError, PoiseWarning
-from poise.weights.allocation import largest_remainder, water_fill
+from poise.weights.allocation import largest_remainder, optimal_counts, water_fill
 from poise.weights.basis_pursuit import LassoPath, Pursuit, basis_pursuit, lasso, lasso_path
 from poise.weights.relevance_report import RelevanceReport, relevance_report
 
@@ -252,6 +252,9 @@ class LassoRelevance:
             )
             shares = used.astype(np.float64)
         amounts = water_fill(shares, budget, floor, cap, None if self.costs is None else costs)
+        if self.costs is None and self.p == 1 and (nu != 0).any() and bool((amounts >= cap)[nu != 0].all()):
+            # All that is relevant is used up: what is left goes where it lowers the risk most.
+            amounts = _next_best(w, nu, budget, floor, cap)
         if self.costs is None:
             return torch.from_numpy(largest_remainder(amounts, int(budget)))
         return torch.from_numpy(_affordable(amounts, costs, budget, cap))
@@ -404,6 +407,15 @@ def _discrepancy(w: Array, goal: Array, allowed: float) -> float:
     a, b, c = float(move @ move), 2 * float(move @ rests[after - 1]), squares[after - 1] - allowed
     share = (-b - math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
     return float(path.lams[after - 1] + share * (path.lams[after] - path.lams[after - 1]))
+
+
+def _next_best(w: Array, nu: Array, budget: float, floor: Array, cap: Array) -> Array:
+    """The best counts where caps bind: other tasks take over the part of those that are used up."""
+    goal = torch.from_numpy(w @ nu)
+    found = optimal_counts(
+        torch.from_numpy(w), goal, budget, torch.from_numpy(floor), torch.from_numpy(cap), rounds=200
+    )
+    return np.asarray(found.numpy())
 
 
 def _affordable(amounts: Array, costs: Array, budget: float, cap: Array) -> NDArray[np.int64]:
