@@ -71,22 +71,24 @@ def hyper_cleaning(
     if train + validation >= len(labels):
         raise InputError(f"hyper_cleaning: {train} + {validation} of {len(labels)} digits leave none to test.")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive(seed, "split")))
-    parts = order.split([train, validation, len(labels) - train - validation])
+    parts = torch.split(order, [train, validation, len(labels) - train - validation])
     data = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=dtype)], 1)
     (x0, x1, x2), (y0, y1, y2) = (tuple(source[p] for p in parts) for source in (data, labels))
     flipped = flip_labels(y0, noise, include_own=False, seed=derive(seed, "noise"), classes=10)
+    everything = torch.arange(train)
     weight = PerSampleWeight(train, init=start, dtype=dtype)
 
     def logits(w: Tensors, x: Tensor) -> Tensor:
         if hidden is None:
-            return x @ w[0]
-        return torch.tanh(x @ w[0]) @ w[1][..., :-1, :] + w[1][..., -1:, :]
+            return torch.matmul(x, w[0])
+        return torch.matmul(torch.tanh(x @ w[0]), w[1][..., :-1, :]) + w[1][..., -1:, :]
 
     def lower(w: Tensors, theta: Tensors, rows: Tensor | None) -> Tensor:
-        weights = weight(slice(None) if rows is None else rows, theta[0])  # type: ignore[arg-type]
+        weights = weight(everything if rows is None else rows, theta[0])
         losses = cross_entropy(logits(w, taken(x0, rows)), taken(flipped.target, rows))
-        penalty = sum(t.square().sum((-2, -1)) for t in w)
-        return (weights * losses).mean(-1) + decay * penalty
+        penalty = torch.stack([t.square().sum((-2, -1)) for t in w]).sum(0)
+        value: Tensor = (weights * losses).mean(-1) + decay * penalty
+        return value
 
     def upper(w: Tensors, theta: Tensors, rows: Tensor | None) -> Tensor:
         return cross_entropy(logits(w, taken(x1, rows)), taken(y1, rows)).mean(-1)

@@ -70,7 +70,7 @@ def letters(
         encoder = _Encoder(width, hidden)
     names = [name for name, _ in encoder.named_parameters()]
     start = [p.detach() * (gain if "weight_hh" in name else 1.0) for name, p in encoder.named_parameters()]
-    parts = torch.arange(sum(sizes)).split(sizes)
+    parts = torch.split(torch.arange(sum(sizes)), sizes)
 
     def logits(x: Tensors, theta: Tensors, where: Tensor, rows: Tensor | None) -> Tensor:
         chosen = taken(where, rows)

@@ -3,8 +3,8 @@
     lower(heads, features) = mean over tasks and supports of cross_entropy(head_t(features(x))) + decay ||head_t||^2
     upper(heads, features) = mean over tasks and queries of cross_entropy(head_t(features(x)))
 
-Tasks are three of seven classes of digits with five supports each; the three other classes are for the test, where features stand
-still and heads alone are fitted. A batch is a tensor of tasks.
+A task is three classes of digits with two supports each. Test tasks have examples of their own, or classes of their own
+(`new_classes`); there features stand still and heads alone are fitted. A batch is a tensor of tasks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from poise.weights.bilevel.levels import Levels, Tensors
 from poise.weights.bilevel.projected import spectral_projected_gradient
 
 WAYS, TRAIN_CLASSES = 3, 7
+TRAIN_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def hyper_representation(
     *,
     tasks: int = 100,
     test_tasks: int = 40,
-    shots: int = 5,
+    shots: int = 2,
     queries: int = 10,
     width: int = 32,
+    new_classes: bool = False,
     decay: float = 0.01,
     dtype: torch.dtype = torch.float32,
 ) -> HyperRepresentation:
@@ -62,17 +64,24 @@ def hyper_representation(
 
     Args:
         seed: of tasks and initial features.
-        tasks, test_tasks: how many, with classes 0 to 6 and 7 to 9.
+        tasks, test_tasks: how many.
         shots, queries: examples of each class in a task.
         width: features.
+        new_classes: whether test tasks are of classes 7 to 9 and the others of 0 to 6, instead of other examples of all ten.
         decay: of the squared norm of the heads.
         dtype: of data and variables.
     """
     if min(tasks, test_tasks, shots, queries, width) < 1:
         raise InputError("hyper_representation: tasks, test_tasks, shots, queries and width are at least 1.")
     generator = torch.Generator().manual_seed(derive(seed, "episodes"))
-    train = _episodes(tuple(range(TRAIN_CLASSES)), tasks, shots, queries, generator, dtype)
-    test = _episodes(tuple(range(TRAIN_CLASSES, 10)), test_tasks, shots, queries, generator, dtype)
+    digits = EMBEDDED["digits"]()
+    order = torch.randperm(len(digits.target), generator=generator)
+    seen = torch.zeros(len(order), dtype=torch.bool)
+    seen[order[: int(TRAIN_SHARE * len(order))]] = True
+    old, new = (range(TRAIN_CLASSES), range(TRAIN_CLASSES, 10)) if new_classes else (range(10), range(10))
+    sizes = shots, queries
+    train = _episodes(tuple(old), tasks, sizes, seen, generator, dtype)
+    test = _episodes(tuple(new), test_tasks, sizes, ~seen, generator, dtype)
 
     def features(theta: Tensors, x: Tensor) -> Tensor:
         found = torch.tanh(x @ theta[0] + theta[1])
@@ -101,6 +110,7 @@ def hyper_representation(
     def ones(x: Tensor) -> Tensor:
         return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
+    kind = "classes" if new_classes else "examples"
     start = torch.randn(64, width, generator=generator, dtype=torch.float64) / math.sqrt(64)
     return HyperRepresentation(
         levels=Levels(lower, upper, names=("feature weights", "feature biases")),
@@ -109,7 +119,7 @@ def hyper_representation(
         lower_rows=tasks,
         upper_rows=tasks,
         scores=scores,
-        note=f"{tasks} tasks of {WAYS} classes with {shots} shots; {test_tasks} test tasks of other classes",
+        note=f"{tasks} tasks of {WAYS} classes with {shots} shots; {test_tasks} test tasks of other {kind}",
         pixels=_adapted(ones(test.support), ones(test.query), test, decay),
     )
 
@@ -118,7 +128,7 @@ def _adapted(support: Tensor, query: Tensor, test: Episodes, decay: float) -> fl
     """Return the accuracy on queries of heads that were fitted to supports."""
 
     def value_and_gradient(x: Tensors) -> tuple[Tensor, Tensors]:
-        heads = x[0].requires_grad_()
+        heads = x[0].detach().requires_grad_()
         log_p = (support @ heads).log_softmax(-1)
         value = -log_p.gather(-1, test.support_class[..., None]).mean() + decay * heads.square().sum() / len(heads)
         return value.detach(), torch.autograd.grad(value, (heads,))
@@ -129,10 +139,15 @@ def _adapted(support: Tensor, query: Tensor, test: Episodes, decay: float) -> fl
 
 
 def _episodes(
-    classes: tuple[int, ...], tasks: int, shots: int, queries: int, generator: torch.Generator, dtype: torch.dtype
+    classes: tuple[int, ...],
+    tasks: int,
+    sizes: tuple[int, int],
+    allowed: Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> Episodes:
-    digits = EMBEDDED["digits"]()
-    rows = {c: (digits.target == c).nonzero()[:, 0] for c in classes}
+    digits, (shots, queries) = EMBEDDED["digits"](), sizes
+    rows = {c: ((digits.target == c) & allowed).nonzero()[:, 0] for c in classes}
     sets = list(combinations(classes, WAYS))
     drawn = []
     for _ in range(tasks):

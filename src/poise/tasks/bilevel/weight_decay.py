@@ -39,7 +39,7 @@ def weight_decay(
     if train + validation >= len(bunch.target):
         raise InputError(f"weight_decay: {train} + {validation} of {len(bunch.target)} patients leave none to test.")
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(derive(seed, "split")))
-    parts = order.split([train, validation, len(order) - train - validation])
+    parts = torch.split(order, [train, validation, len(order) - train - validation])
     columns = _standard(bunch.inputs.double(), parts[0])
     pairs = torch.triu_indices(10, 10)
     columns = _standard(torch.cat([columns, columns[:, pairs[0]] * columns[:, pairs[1]]], 1), parts[0]).to(dtype)
