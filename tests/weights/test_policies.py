@@ -143,6 +143,20 @@ def test_a_fixed_factor_stays_before_a_balanced_term() -> None:
     assert "2.25*cross_entropy.on" in str(poise.parse(str(run.objective)))
 
 
+def test_balancing_on_features_gives_the_update_of_its_weights() -> None:
+    data = two_tasks()
+    ours = poise.fit(
+        model_of(), TWO, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, policy=Halves().on("trunk")
+    )  # type: ignore[arg-type]
+    plain = poise.fit(model_of(), TWO, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, policy=Halves())  # type: ignore[arg-type]
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    text = "auto(policy='pareto', method=\"mgda(on='trunk')\")"
+    named = poise.parse(TWO.replace("cross_entropy.", f"{text}*cross_entropy.", 1).replace("+ ", f"+ {text}*"))
+    run = poise.fit(model_of(), named, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, accumulate=2)  # type: ignore[arg-type]
+    assert sum(run.weights.values()) == pytest.approx(1.0)
+
+
 def test_a_balancer_needs_two_terms() -> None:
     data = two_tasks()
     with pytest.raises(InputError, match="needs two terms at least, and it has left"):

@@ -259,7 +259,7 @@ class DrivenBilevel(nn.Module):
 
 
 def maid(**options: Any) -> DrivenBilevel:
-    """Solve the training objective just accurately enough for every step of the weights to be sure: strongly convex problems, full batch."""
+    """Solve the training objective just accurately enough for sure steps of the weights: strongly convex problems, full batch."""
     return DrivenBilevel("maid", **options)
 
 
@@ -269,7 +269,7 @@ def hoag(**options: Any) -> DrivenBilevel:
 
 
 def bo_rep(**options: Any) -> DrivenBilevel:
-    """Move weights by steps of fixed length, with the model frozen between refreshes: for recurrent networks, whose gradients explode."""
+    """Move weights by steps of fixed length, the model frozen between refreshes: for recurrent networks, whose gradients explode."""
     return DrivenBilevel("bo_rep", **options)
 
 
