@@ -9,7 +9,7 @@ fit(model, "a + b", ..., policy=SelfTuning(hypers))      # owns no weight: tunes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,10 @@ class Policies:
 
     @property
     def upper(self) -> Objective:
-        """The validation objective: what a policy says, else the terms that read data and stand at a fixed weight."""
+        """The validation objective: what a policy says, else the terms that read data and stand at a fixed weight.
+
+        A policy may say the name of a term of the run: that very term then, so that what it has learned is there.
+        """
         said = {str(text): text for owner in self.owners if (text := getattr(owner.policy, "upper", None)) is not None}
         if len(said) > 1:
             raise InputError(f"The policies name different validation objectives: {', '.join(said)}. Name one.")
@@ -101,6 +104,9 @@ class Policies:
             (text,) = said.values()
             from poise.formula import parse
 
+            own = {e.label: e.summand for e in self.objective._entries}
+            if isinstance(text, str) and text in own:
+                return Objective([replace(own[text], weight=1)])
             return parse(text) if isinstance(text, str) else Objective() + text
         return default_upper(self.objective)
 
@@ -123,10 +129,14 @@ class Policies:
         for owner in self.owners:
             signals = make(
                 tuple(owner.weights), rows, problem, weights={n: w.current for n, w in owner.weights.items()},
-                shared=None if owner.balances else "all",
+                shared=None if owner.balances else "all", on=getattr(owner.policy, "features", None),
             )  # fmt: skip
             every.append(signals)
             for name, weight in owner.policy.weights(signals).items():
+                if name not in owner.weights:
+                    raise InputError(
+                        f"{type(owner.policy).__name__} gave a weight {name!r}; it owns {', '.join(owner.weights) or 'none'}."
+                    )
                 owner.weights[name].current = checked(name, weight)
             if problem.has_table:
                 problem.weigh({n: w.current for n, w in owner.weights.items()}, own=owner.balances)
@@ -144,6 +154,11 @@ class Policies:
         """Every owned weight as it is now; the mean of one that weighs every example."""
         values = {name: w.current for owner in self.owners for name, w in owner.weights.items()}
         return {name: float(w.mean()) if isinstance(w, Tensor) else float(w) for name, w in values.items()}
+
+    def discard(self, every: list[Signals]) -> None:
+        """Let the policies put back what they changed for a step that was not taken."""
+        for owner, signals in zip(self.owners, every, strict=True):
+            getattr(owner.policy, "discard", lambda signals: None)(signals)
 
     def report(self) -> dict[str, float]:
         """Return the curves of the policies: every weight, and what a policy has to say."""

@@ -218,7 +218,9 @@ def test_the_multiplier_follows_each_rule() -> None:
     assert moved(Constraint(upper=1, lr=0.5, damping=2, smoothing=0.5), 2, 3) == pytest.approx([1.5, 4.0])
 
 
-def test_the_weight_of_the_augmented_lagrangian_is_multiplier_plus_penalty_times_violation_and_never_below_zero() -> None:
+def test_the_weight_of_the_augmented_lagrangian_is_multiplier_plus_penalty_times_violation_and_never_below_zero() -> (
+    None
+):
     module = Constraint(upper=1, lr=0.5, method="augmented", rho=4)
     assert float(module.weight) == 0
     module.advance(3)
@@ -231,9 +233,19 @@ def test_the_weight_of_the_augmented_lagrangian_is_multiplier_plus_penalty_times
     assert float(module.weight) == pytest.approx(-(0.5 + 4))
 
 
+def test_neither_multiplier_nor_weight_exceeds_the_largest() -> None:
+    assert moved(Constraint(upper=1, lr=1, largest=3), 3, 3, 3, 0) == [2, 3, 3, 2]
+    module = Constraint(equal=1, lr=1, largest=3, method="augmented", rho=9)
+    module.advance(-3)
+    assert float(module.weight) == float(module.multiplier) + 0 == -3
+
+
 @given(st.lists(st.floats(0.1, 3), min_size=1, max_size=8))
 def test_while_the_constraint_is_violated_damping_and_penalty_are_one_rule(violations: list[float]) -> None:
-    damped, augmented = Constraint(upper=0, lr=0.2, damping=0.7), Constraint(upper=0, lr=0.2, method="augmented", rho=0.7)
+    damped, augmented = (
+        Constraint(upper=0, lr=0.2, damping=0.7),
+        Constraint(upper=0, lr=0.2, method="augmented", rho=0.7),
+    )
     for violation in violations:
         damped.advance(violation)
         augmented.advance(violation)
@@ -314,7 +326,9 @@ class Steep(Term):
 
 
 def test_a_measured_term_brings_no_gradient_not_even_an_infinite_one() -> None:
-    objective = Quadratic(torch.eye(2, dtype=torch.float64), double(1, 1)) + constraint(Ball(), measured=Steep(), upper=1)
+    objective = Quadratic(torch.eye(2, dtype=torch.float64), double(1, 1)) + constraint(
+        Ball(), measured=Steep(), upper=1
+    )
     for one in (objective, copy.deepcopy(objective)):
         x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         one(x=x).backward()
@@ -353,7 +367,7 @@ def test_taking_out_either_half_of_a_proxy_constraint_takes_out_the_constraint()
 FORMULAS = [
     "cross_entropy + constraint(l2, equal=2)",
     "cross_entropy + constraint(l2, upper=2, lr=0.1, initial=1, damping=0.5, smoothing=0.9)",
-    "cross_entropy + constraint(l2, lower=2, method='augmented', rho=3, growth=2, every=20, tolerance=0.1)",
+    "cross_entropy + constraint(l2, lower=2, method='augmented', rho=3, growth=2, every=20, largest=9, tolerance=0.1)",
     "cross_entropy + constraint(brier + 0.5*focal, measured=2*error_rate, upper=0.1)",
     "cross_entropy + 2*constraint(brier.on('rare'), measured=error_rate.on('rare'), upper=0.1, method='augmented')",
     "cross_entropy + constraint(l2, upper=2) + constraint(l2.named('floor'), lower=1)",
@@ -485,6 +499,7 @@ def test_a_change_of_dtype_leaves_the_multiplier_whole() -> None:
         ("upper=1, method='augmented', rho=0", "rho must be positive"),
         ("upper=1, method='augmented', growth=0.5", "growth must be >= 1"),
         ("upper=1, method='augmented', every=0", "every must be >= 1"),
+        ("upper=1, largest=0", "largest must be positive"),
         ("upper=1, tolerance=-1", "tolerance must be >= 0"),
         ("upper=1, measured=constraint(l1, upper=1)", "cannot be constrained again"),
         ("upper=1, measured=0*l1", "no term to constrain"),

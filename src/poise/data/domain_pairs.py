@@ -45,7 +45,9 @@ class HeldOut:
     def __post_init__(self) -> None:
         for name, rows in (("train", self.train), ("guide", self.guide)):
             if rows.ndim != 1 or rows.dtype != torch.int64 or not len(rows):
-                raise InputError(f"The {name} part of a held-out split is a list of rows int64 [n], and it must not be empty.")
+                raise InputError(
+                    f"The {name} part of a held-out split is a list of rows int64 [n], and it must not be empty."
+                )
             if len(torch.unique(rows)) != len(rows):
                 raise InputError(f"The {name} part of a held-out split names a row twice.")
         shared = self.guide[torch.isin(self.guide, self.train)]
@@ -134,7 +136,12 @@ class DomainPairs(Stream):
         if self.rows is None or self._held_out is None:
             raise InputError("Nothing was held out of the target, so there is nothing to guide by: give held_out=0.1.")
         none = torch.full((len(self._held_out),), UNKNOWN)
-        return {"input": self._held_out, "target": none, "domain": none.clone(), "index": self.first_target + self.rows.guide}
+        return {
+            "input": self._held_out,
+            "target": none,
+            "domain": none.clone(),
+            "index": self.first_target + self.rows.guide,
+        }
 
     def guide_stream(self, batch_size: int = 32) -> Stream:
         """Return a stream of the held-out rows."""
@@ -187,7 +194,10 @@ class DomainPairs(Stream):
         weights = [batch_.get("sample_weight") for batch_ in (source, target)]
         if any(w is not None for w in weights):
             batch["sample_weight"] = torch.cat(
-                [torch.ones(n, device=self.device) if w is None else w for w, n in zip(weights, (here, there), strict=True)]
+                [
+                    torch.ones(n, device=self.device) if w is None else w
+                    for w, n in zip(weights, (here, there), strict=True)
+                ]
             )
         return batch
 

@@ -75,7 +75,7 @@ class DomainFeatures(Classification):
                 raise InputError(
                     "DomainFeatures: no layer of the model is taken for its head: name the submodule, head=..."
                 )
-            return linear[-1]
+            return str(linear[-1])
         if self.head not in dict(module.named_modules()):
             known = ", ".join(name for name, _ in module.named_children())
             raise InputError(f"DomainFeatures: the model has no submodule {self.head!r}; it has {known}.")

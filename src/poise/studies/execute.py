@@ -144,7 +144,10 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
         curves={name: (list(steps), list(values)) for name, (steps, values) in curves.items()},
         details=details,
         sizes=split.sizes,
-        warnings=[*split.warnings, *(w for found in judge_constraints(run.objective, run.history) if (w := found.warning))],
+        warnings=[
+            *split.warnings,
+            *(w for found in judge_constraints(run.objective, run.history) if (w := found.warning)),
+        ],
         seconds=run.seconds,
         peak_memory_bytes=peak() or run.peak_memory,
         steps=run.steps,
@@ -185,7 +188,7 @@ def train(
             progress=show,
             checkpoint=folder,
             checkpoint_seconds=CHECKPOINT_SECONDS,
-            callbacks=watch(objective),
+            callbacks=watch(objective, warn=False),
         )
 
     try:

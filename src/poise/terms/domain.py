@@ -389,7 +389,7 @@ class BayesRefiner(nn.Module):
             target: labels, int64 [batch], read on the source rows.
             source: which rows are of the source, bool [batch]; where all are, or none is, the loss is 0.
         """
-        labels = torch.where(source, target, 0)[:, None]
+        labels = torch.where(source, target, 0).clamp(min=0)[:, None]
         of_source = F.softplus(evidence.gather(1, labels)).squeeze(1) * source
         of_target = (log_p.detach().exp() * F.softplus(-evidence)).sum(-1) * ~source
         many = source.sum()
@@ -499,7 +499,7 @@ def _minus_information(log_p: Tensor, rows: Tensor | None = None) -> Tensor:
         log_q = log_p.logsumexp(0) - math.log(len(log_p))
     else:
         # Far below every logarithm of a probability, and finite, so that a batch without rows gives 0 and not NaN.
-        log_q = log_p.masked_fill(~rows[:, None], -1e30).logsumexp(0) - rows.sum().clamp(min=1).log()
+        log_q = log_p.masked_fill(~rows[:, None], -1e30).logsumexp(0) - rows.sum().clamp(min=1).to(log_p).log()
     p = log_p.exp()
     # Where p is 0 the summand is 0, and its logarithm must not be touched, for the gradient's sake too.
     ratio = torch.where(p > 0, log_q - log_p, 0.0)

@@ -36,6 +36,7 @@ _HOME = {
     "LassoRelevance": "relevance",
     "Mixing": "mixing",
     "MixingWeight": "mixing",
+    "PerSampleWeight": "per_sample",
     "PreferenceGradientWeight": "preference_gradient",
     "RelevanceReport": "relevance_report",
     "SourceWeights": "source_weights",

@@ -28,7 +28,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import MethodType
 from typing import Any, ClassVar, Protocol
 
@@ -46,7 +45,7 @@ _MOST = 1000.0
 """How far the penalty may grow, in multiples of its first value."""
 _DEFAULTS: dict[str, Any] = {
     "lr": 0.05, "initial": 0.0, "method": "dual", "damping": 0.0, "smoothing": 0.0, "rho": 1.0, "growth": 1.0, "every": 50,
-    "tolerance": None,
+    "largest": None, "tolerance": None,
 }  # fmt: skip
 
 
@@ -67,6 +66,8 @@ class Constraint(nn.Module):
         growth: factor >= 1 by which `rho` grows after `every` steps over which the violation kept its sign, stayed above the
             tolerance and did not fall to three quarters of that of the steps before; at most 1000-fold in all. 1 keeps it.
         every: steps between two looks at the growth, >= 1.
+        largest: what the multiplier and the weight may reach, positive; by default there is no end, and a bound that cannot be
+            met drives them up until the steps of training are too long.
         tolerance: violation that is taken for feasible, >= 0; by default 1 % of the bound, or 0.01 for a bound of 0.
 
     Buffers, float64 and 0-dim: `multiplier`; `violation` (the last one measured, signed; positive is infeasible); `margin` (by how
@@ -98,6 +99,7 @@ class Constraint(nn.Module):
         rho: float = 1.0,
         growth: float = 1.0,
         every: int = 50,
+        largest: float | None = None,
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
@@ -107,13 +109,13 @@ class Constraint(nn.Module):
         ((self.kind, self.bound),) = bounds.items()
         if not math.isfinite(self.bound):
             raise InputError(f"constraint: {self.kind} must be a finite number, and it is {self.bound}.")
-        self.given = {
+        self.given: dict[str, Any] = {
             "lr": lr, "initial": initial, "method": method, "damping": damping, "smoothing": smoothing, "rho": rho,
-            "growth": growth, "every": every, "tolerance": tolerance,
+            "growth": growth, "every": every, "largest": largest, "tolerance": tolerance,
         }  # fmt: skip
         self._check()
         self.lr, self.initial, self.method, self.damping, self.smoothing = lr, initial, method, damping, smoothing
-        self.growth, self.every = growth, every
+        self.growth, self.every, self.largest = growth, every, largest
         self.tolerance = tolerance if tolerance is not None else 0.01 * (abs(self.bound) or 1.0)
         self._state("multiplier", initial)
         self._state("violation", 0.0)
@@ -141,6 +143,7 @@ class Constraint(nn.Module):
             "rho": (given["rho"] > 0, "positive"),
             "growth": (given["growth"] >= 1, ">= 1"),
             "every": (given["every"] >= 1, ">= 1"),
+            "largest": (given["largest"] is None or given["largest"] > 0, "positive"),
             "tolerance": (given["tolerance"] is None or given["tolerance"] >= 0, ">= 0"),
         }
         for name, (holds, wanted) in ranges.items():
@@ -155,7 +158,9 @@ class Constraint(nn.Module):
                     f"or write method='{fitting}'."
                 )
         if given["smoothing"] and not given["damping"]:
-            raise InputError("constraint: smoothing is that of the damping, and damping is 0. Give damping=..., or leave it out.")
+            raise InputError(
+                "constraint: smoothing is that of the damping, and damping is 0. Give damping=..., or leave it out."
+            )
 
     @property
     def sign(self) -> float:
@@ -183,13 +188,16 @@ class Constraint(nn.Module):
         self.multiplier = self._clamped(self.multiplier + step)
 
     def _clamped(self, price: Tensor) -> Tensor:
-        return price if self.kind == "equal" else price.clamp_min(0.0)
+        price = price if self.kind == "equal" else price.clamp_min(0.0)
+        return price if self.largest is None else price.clamp(-self.largest, self.largest)
 
     def _grow(self, one: Tensor) -> None:
         """Let the penalty grow where a window of steps brought too little; without waiting for the device."""
         # A constraint with room to spare is settled as soon as its multiplier is 0: Bertsekas (1982), section 2.2.
         left = self.violation if self.kind == "equal" else torch.maximum(self.violation, -self.multiplier / self.rho)
-        total, sizes, count, before = self.window + one * torch.stack([left, self.violation.abs(), one, torch.zeros_like(one)])
+        total, sizes, count, before = self.window + one * torch.stack(
+            [left, self.violation.abs(), one, torch.zeros_like(one)]
+        )
         full = count >= self.every
         now = total.abs() / count
         # Where the sign changes the primal steps overshoot, and a larger penalty would make that worse.
@@ -197,7 +205,9 @@ class Constraint(nn.Module):
         stuck = full & steady & (now > self.tolerance) & (now > _ENOUGH * before)
         self.rho = torch.where(stuck, (self.rho * self.growth).clamp_max(_MOST * self.given["rho"]), self.rho)
         zero = torch.zeros_like(total)
-        self.window = torch.where(full, torch.stack([zero, zero, zero, now]), torch.stack([total, sizes, count, before]))
+        self.window = torch.where(
+            full, torch.stack([zero, zero, zero, now]), torch.stack([total, sizes, count, before])
+        )
 
     def arguments(self) -> str:
         """Print the arguments as a formula has them."""
@@ -307,6 +317,7 @@ def constraint(
     rho: float = 1.0,
     growth: float = 1.0,
     every: int = 50,
+    largest: float | None = None,
     tolerance: float | None = None,
     measured: Term | Objective | None = None,
 ) -> Objective:
@@ -316,7 +327,7 @@ def constraint(
         constrained: what is bounded; a sum is bounded as a whole.
         measured: what the bound speaks of where that is not `constrained` itself: a term or a sum that is evaluated without a
             gradient and need not have one (`constraint(cross_entropy.on("rare"), measured=error_rate.on("rare"), upper=0.1)`).
-        upper, lower, equal, lr, initial, method, damping, smoothing, rho, growth, every, tolerance: see `Constraint`.
+        upper, lower, equal, lr, initial, method, damping, smoothing, rho, growth, every, largest, tolerance: see `Constraint`.
 
     Raises:
         InputError: not exactly one bound, an argument out of its range, or a constraint within a constraint.
@@ -327,7 +338,7 @@ def constraint(
     """
     module = Constraint(
         upper, lower, lr, initial, equal=equal, method=method, damping=damping, smoothing=smoothing, rho=rho, growth=growth,
-        every=every, tolerance=tolerance,
+        every=every, largest=largest, tolerance=tolerance,
     )  # fmt: skip
     charged = _summands(constrained)
     if measured is None:
@@ -352,12 +363,13 @@ def _summands(given: Term | Objective) -> tuple[Summand, ...]:
 
 def _without_gradient(term: Term) -> Term:
     """Return a copy of the term, everything in it shared, that is evaluated without a graph: it is looked at only."""
+    kind = type(term)
+    if kind not in _LOOKING:
+        _LOOKING[kind] = torch.no_grad()(kind.forward)
     twin = copy.copy(term)
-    twin.__dict__["forward"] = MethodType(_no_grad_forward(type(term)), twin)
+    twin.__dict__["forward"] = MethodType(_LOOKING[kind], twin)
     return twin
 
 
-@lru_cache(maxsize=256)
-def _no_grad_forward(kind: type[Term]) -> Callable[..., Any]:
-    forward: Callable[..., Any] = torch.no_grad()(kind.forward)
-    return forward
+_LOOKING: dict[Any, Callable[..., Any]] = {}
+"""The `forward` of a class of terms without a gradient, by the class."""

@@ -70,7 +70,7 @@ class Feasibility(NamedTuple):
             return (
                 f"The constraint {self.label} {self.bound} looks infeasible: its multiplier grew to {self.multiplier:.3g} and the "
                 f"violation stood still at {self.violation:.3g}. Loosen the bound; if it can be reached, raise the constraint's lr, "
-                "so that the multiplier gets there in this run."
+                "so that the multiplier gets there in this run; or end its growth with largest=."
             )
         return (
             f"The constraint {self.label} {self.bound} does not hold at the end of the run: the violation is {self.violation:.3g}, and "
@@ -102,15 +102,22 @@ def judge_constraints(objective: Objective, history: History | Curves) -> tuple[
         if not steps:
             continue
         # Training may hold a stricter bound; what is judged is the one that was written.
-        last = _mean([v for s, v in zip(steps, violations, strict=True) if s > (1 - _TAIL) * steps[-1]]) - float(module.margin)
+        last = _mean([v for s, v in zip(steps, violations, strict=True) if s > (1 - _TAIL) * steps[-1]]) - float(
+            module.margin
+        )
         size = abs(last) if module.kind == "equal" else last
         feasible = bool(size <= module.tolerance)
         bound = f"{_RELATIONS[module.kind]} {module.bound:g}"
         found.append(
             Feasibility(
-                label, bound, last, module.tolerance, float(multipliers[-1]), feasible,
+                label,
+                bound,
+                last,
+                module.tolerance,
+                float(multipliers[-1]),
+                feasible,
                 not feasible and _stands_still(violations, multipliers),
-            )  # fmt: skip
+            )
         )
     return tuple(found)
 
@@ -129,9 +136,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ConstraintCurves:
-    """A callback of `fit` that records violation and multiplier of every constraint, judges them at the end, and warns by name."""
+    """A callback of `fit` that records violation and multiplier of every constraint, judges them at the end, and warns by name.
 
-    def __init__(self) -> None:
+    Args:
+        warn: False where whoever runs it says the finding in their own way.
+    """
+
+    def __init__(self, warn: bool = True) -> None:
+        self.warn = warn
         self._seen: dict[str, list[Tensor]] = {}
 
     def on_step_end(self, state: FitState) -> None:
@@ -158,7 +170,7 @@ class ConstraintCurves:
                 continue
             state.history.add(name, state.step, float(found.feasible))
             state.history.add(f"constraint/{found.label}/final_violation", state.step, found.violation)
-            if found.warning:
+            if self.warn and found.warning:
                 warnings.warn(found.warning, PoiseWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,9 +182,9 @@ class ConstraintCurves:
         self._seen = {label: list(values) for label, values in state.items()}
 
 
-def watch(objective: Objective) -> list[ConstraintCurves]:
+def watch(objective: Objective, warn: bool = True) -> list[ConstraintCurves]:
     """Return the callback that records an objective's constraints, or none where it has no constraint."""
-    return [ConstraintCurves()] if constraints_of(objective) else []
+    return [ConstraintCurves(warn)] if constraints_of(objective) else []
 
 
 class TightenOnValidation:
@@ -186,15 +198,15 @@ class TightenOnValidation:
     Args:
         label: the constrained term.
         metric: the validation metric that measures the same quantity, in the same units (`valid/<metric>` of the history).
-        rate: how fast the margin follows, in (0, 1].
+        rate: how fast the margin follows, in (0, 1]; the multiplier needs the steps between several validations to follow it.
 
     Raises:
         InputError: no constraint has this label, it is an equality, or the metric is not measured.
 
-    >>> callback = TightenOnValidation("error_rate", "error", rate=0.5)
+    >>> callback = TightenOnValidation("error_rate", "error")
     """
 
-    def __init__(self, label: str, metric: str, rate: float = 0.5) -> None:
+    def __init__(self, label: str, metric: str, rate: float = 0.1) -> None:
         if not 0 < rate <= 1:
             raise InputError(f"TightenOnValidation: rate must lie in (0, 1], and it is {rate}.")
         self.label, self.metric, self.rate = label, metric, rate
@@ -209,7 +221,9 @@ class TightenOnValidation:
                 + nearest(self.label, known)
             )
         if known[self.label].kind == "equal":
-            raise InputError(f"TightenOnValidation: {self.label} is held at a value, so no side of it can be tightened.")
+            raise InputError(
+                f"TightenOnValidation: {self.label} is held at a value, so no side of it can be tightened."
+            )
 
     def on_step_end(self, state: FitState) -> None:
         """Take a validation that was made within an epoch; it is seen one step later."""
@@ -223,7 +237,9 @@ class TightenOnValidation:
         """Say where the metric was never there."""
         if not self.seen:
             offered = ", ".join(k.removeprefix("valid/") for k in state.history if k.startswith("valid/"))
-            raise InputError(f"TightenOnValidation: no metric is called {self.metric!r}; these are: {offered or 'none'}.")
+            raise InputError(
+                f"TightenOnValidation: no metric is called {self.metric!r}; these are: {offered or 'none'}."
+            )
 
     def _tighten(self, state: FitState) -> None:
         values = state.history.get(f"valid/{self.metric}", [])

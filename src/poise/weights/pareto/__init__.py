@@ -13,6 +13,11 @@ _HOME: dict[str, str] = {
     "EPO": "epo",
     "FixedPreference": "baselines",
     "GradNorm": "grad_norm",
+    "GradientInfluence": "influence",
+    "GuidedChoice": "guided",
+    "GuidedPareto": "guided",
+    "GuidedSummary": "guided",
+    "HypervolumeGuidance": "hypervolume",
     "IMTLG": "imtl",
     "IMTLL": "loss_scale",
     "LossScale": "loss_scale",
@@ -20,15 +25,10 @@ _HOME: dict[str, str] = {
     "NashMTL": "nash_mtl",
     "Normalised": "normalised",
     "PCGrad": "pcgrad",
+    "ParetoArchive": "hypervolume",
     "RandomWeights": "baselines",
     "UPGrad": "upgrad",
     "Uncertainty": "loss_scale",
-    "GuidedChoice": "guided",
-    "GuidedPareto": "guided",
-    "GuidedSummary": "guided",
-    "GradientInfluence": "influence",
-    "HypervolumeGuidance": "hypervolume",
-    "ParetoArchive": "hypervolume",
 }
 __all__ = sorted(_HOME)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,9 +33,9 @@ class FixedPreference(ValueBalancer):
         super().__init__()
         self.preference = stated(self.formula, preference)
 
-    def weigh_values(self, values: Tensor) -> Tensor:
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
         """Return the preference."""
-        return torch.from_numpy(spread(self.formula, self.preference, len(values), 1.0))
+        return torch.from_numpy(spread(self.formula, self.preference, terms, 1.0))
 
 
 class RandomWeights(ValueBalancer):
@@ -68,9 +68,9 @@ class RandomWeights(ValueBalancer):
         self.distribution = distribution
         self.keep_random_state(generator, seed)
 
-    def weigh_values(self, values: Tensor) -> Tensor:
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
         """Return this step's weights."""
-        return self._draw(len(values), self.random_numbers())
+        return self._draw(terms, self.random_numbers())
 
     def move_values(self, values: Tensor) -> None:
         """Go on to the next weights."""

@@ -78,12 +78,10 @@ class EPO(Balancer):
         return torch.from_numpy(r / r.sum() if found is None else found)
 
     def _balance(self, g: Array, c: Array, weighted: Array) -> Array | None:
-        if not (c > 0).any():
-            return maximize_on_simplex(c, g, np.zeros(len(c)), tie=g)
-        least = np.where(c > 0, -np.inf, c)
-        least[weighted == weighted.max()] = 0.0
-        bound = np.isfinite(least)
-        return maximize_on_simplex(c, g[bound], least[bound], tie=g)
+        # What serves the ratio may rise freely, but for the term that is farthest above it.
+        held = (c <= 0) | (weighted == weighted.max()) if (c > 0).any() else np.ones(len(c), dtype=bool)
+        least = np.where((c <= 0) & (weighted < weighted.max()) & (c > 0).any(), c, 0.0)
+        return maximize_on_simplex(c, g[held], least[held], tie=g)
 
     def _descend(self, g: Array, c: Array) -> Array | None:
         rows, least = g, np.zeros(len(c))

@@ -72,8 +72,8 @@ def shortest(points: Array) -> Array:
     lengths = np.sqrt((points * points).sum(1))
     unit = float(lengths.min())
     if unit == 0.0:
-        weights = (lengths == 0.0).astype(np.float64)
-        return weights / weights.sum()
+        weights: Array = (lengths == 0.0) / np.count_nonzero(lengths == 0.0)
+        return weights
     for _ in range(_RESTARTS):
         stacked = np.vstack([points.T / unit, np.ones(len(points))])
         x = nonnegative(stacked, _last(len(stacked)))

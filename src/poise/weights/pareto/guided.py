@@ -40,7 +40,8 @@ class GuidedChoice:
 
     Attributes:
         alpha: f64 [m], on the simplex, of the gradients as they were normalised.
-        weights: f64 [m], of the gradients as they are: `m alpha_i s / s_i` with the norms `s_i` and their geometric mean `s`.
+        weights: f64 [m], of the gradients as they are: `m alpha_i s / s_i` with the sizes `s_i` that `normalize` divides by and
+            their geometric mean `s`, and 1 more for what is `added`.
         branch: "balance", "dominance", or "fallback" where the program had no solution and every weight is 1.
         descent: f64 [m], `<d, g_i>` of the direction `d = sum_i weights_i g_i`: how fast each objective falls along `-d`.
         guide_descent: `<d, g_v>`, the same for the guide.
@@ -111,6 +112,9 @@ class GuidedPareto(Balancer):
             of an objective do not matter. The program is not free of scale: use "l2" where units differ.
         added: names of objectives whose gradient is added once more, whatever the preferences. The authors' code does so for
             the source and the alignment loss; the method as written adds none.
+        upper: the guide: a term, an objective or a formula. A term with parameters of its own, such as `target_classification`, is
+            given as the very object that is trained, so that both share them.
+        valid_batch: held-out rows of a step; all of them where nothing is said.
 
     Needs `gradients` and `validation`: the guide is the validation objective on a held-out batch.
 
@@ -126,6 +130,8 @@ class GuidedPareto(Balancer):
     """
 
     formula: ClassVar[str] = "guided"
+    total: ClassVar[str] = "m"
+    balances: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gradients", "validation"})
 
     def __init__(
@@ -136,6 +142,8 @@ class GuidedPareto(Balancer):
         relaxed: bool = False,
         normalize: Normalize = "none",
         added: Sequence[str] = (),
+        upper: Any = None,
+        valid_batch: int | None = None,
     ) -> None:
         super().__init__()
         if branch not in get_args(Branch):
@@ -145,7 +153,12 @@ class GuidedPareto(Balancer):
         if not satisfied >= 0:
             raise InputError(f"guided: satisfied is a distance from the guide's minimum, >= 0; got {satisfied}.")
         self.branch, self.satisfied, self.guide_minimum = branch, satisfied, guide_minimum
+        if valid_batch is not None and valid_batch < 1:
+            raise InputError(f"guided: valid_batch is a number of held-out rows, at least 1; got {valid_batch}.")
         self.relaxed, self.normalize, self.added = relaxed, normalize, tuple(added)
+        # Not a submodule: the guide's own parameters, where it has any, belong to the objective that is trained.
+        self.__dict__["upper"] = upper
+        self.valid_batch = valid_batch
         self.names: tuple[str, ...] = ()
         self.log: list[GuidedChoice] = []
         self._waiting: GuidedChoice | None = None
@@ -253,6 +266,15 @@ class GuidedPareto(Balancer):
             self.log.append(self._waiting)
             self._waiting = None
 
+    def report(self) -> Mapping[str, float]:
+        """Return the last step's preferences, conflicts and descent of the guide, for the run's curves."""
+        if not self.log:
+            return {}
+        last = self.log[-1]
+        shares = {f"alpha/{name}": float(a) for name, a in zip(self.names, last.alpha, strict=True)}
+        falls = {f"descent/{name}": float(a) for name, a in zip(self.names, last.descent, strict=True)}
+        return {**shares, **falls, "descent/guide": last.guide_descent, "conflicts": float(last.conflicts)}
+
     def summary(self, last: int | None = None) -> GuidedSummary:
         """Return what the weights did, over all steps or the `last` ones.
 
@@ -326,7 +348,9 @@ def check_shapes(gram: Tensor, guide_dot: Tensor, guide_value: float, names: tup
     bad = [name for name, ok in zip(names, torch.isfinite(gram).all(1).tolist(), strict=True) if not ok]
     own = [name for name, ok in zip(names, torch.isfinite(gram.diagonal()).tolist(), strict=True) if not ok]
     if bad:
-        raise NonFiniteError(f"guided: the gradient of {', '.join(own or bad)} is not finite, so the step has no weights.")
+        raise NonFiniteError(
+            f"guided: the gradient of {', '.join(own or bad)} is not finite, so the step has no weights."
+        )
     if not bool(torch.isfinite(guide_dot).all()) or not math.isfinite(guide_value):
         raise NonFiniteError("guided: the guide or its gradient is not finite, so the step has no weights.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -49,14 +49,14 @@ class Uncertainty(ValueBalancer):
         self.keep("s")
         self.optimizer = Adam(self.formula, lr)
 
-    def weigh_values(self, values: Tensor) -> Tensor:
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
         """Return `c e^(-s)`."""
-        return self.factor * torch.exp(-_or_zero(self.s, values))
+        return self.factor * torch.exp(-_or_zero(self.s, terms))
 
     def move_values(self, values: Tensor) -> None:
         """Take one step on the log-variances: the gradient is `1/2 - c e^(-s_i) L_i`."""
-        s = _or_zero(self.s, values)
-        self.s = self.optimizer.step(s, 0.5 - self.weigh_values(values) * values).clamp(-self.bound, self.bound)
+        s = _or_zero(self.s, len(values))
+        self.s = self.optimizer.step(s, 0.5 - self.factor * torch.exp(-s) * values).clamp(-self.bound, self.bound)
 
 
 class IMTLL(ValueBalancer):
@@ -89,14 +89,14 @@ class IMTLL(ValueBalancer):
         self.keep("s")
         self.optimizer = Adam(self.formula, lr)
 
-    def weigh_values(self, values: Tensor) -> Tensor:
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
         """Return `e^s`."""
-        return torch.exp(_or_zero(self.s, values))
+        return torch.exp(_or_zero(self.s, terms))
 
     def move_values(self, values: Tensor) -> None:
         """Take one step on the scales: the gradient is `e^(s_i) L_i - 1`."""
-        s = _or_zero(self.s, values)
-        self.s = self.optimizer.step(s, self.weigh_values(values) * values - 1).clamp(-self.bound, self.bound)
+        s = _or_zero(self.s, len(values))
+        self.s = self.optimizer.step(s, torch.exp(s) * values - 1).clamp(-self.bound, self.bound)
 
 
 class DynamicAverage(ValueBalancer):
@@ -136,16 +136,16 @@ class DynamicAverage(ValueBalancer):
             self.keep(name)
         self.keep("steps", torch.tensor(0, dtype=torch.int64))
 
-    def weigh_values(self, values: Tensor) -> Tensor:
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
         """Return the weights of the window that runs."""
         if not self.before.numel():
-            return torch.ones_like(values)
+            return torch.ones(terms, dtype=torch.float64)
         rate = torch.where(self.before != 0, self.last / self.before, 1.0).clamp(0, 10)
-        return len(values) * torch.softmax(rate / self.temperature, 0)
+        return terms * torch.softmax(rate / self.temperature, 0)
 
     def move_values(self, values: Tensor) -> None:
         """Add the values of this step to its window."""
-        self.sums = _or_zero(self.sums, values) + values
+        self.sums = _or_zero(self.sums, len(values)) + values
         self.steps = self.steps + 1
         if int(self.steps) % self.window == 0:
             self.before, self.last = self.last, self.sums / self.window
@@ -187,25 +187,26 @@ class LossScale(ValueBalancer):
         self.keep("average")
         self.keep("steps", torch.tensor(0, dtype=torch.int64))
 
-    def weigh_values(self, values: Tensor) -> Tensor:
-        """Return the weights, this step's values looked ahead to."""
-        mean = self._average(values) / (1 - self.decay ** (int(self.steps) + 1))
-        shares = torch.from_numpy(spread(self.formula, self.preference, len(values), 1.0)) * (mean > 0)
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
+        """Return the weights; the first step looks at its own values, which costs it a forward pass."""
+        mean = (
+            self.average / (1 - self.decay ** int(self.steps))
+            if self.average.numel()
+            else values().double().abs().cpu()
+        )
+        shares = torch.from_numpy(spread(self.formula, self.preference, terms, 1.0)) * (mean > 0)
         if not bool(shares.any()):
             return torch.zeros_like(mean)
         return torch.where(mean > 0, mean.sum() * shares / shares.sum() / mean.where(mean > 0, 1.0), 0.0)
 
     def move_values(self, values: Tensor) -> None:
         """Take the values of this step into the mean."""
-        self.average = self._average(values)
+        self.average = self.decay * _or_zero(self.average, len(values)) + (1 - self.decay) * values.abs()
         self.steps = self.steps + 1
 
-    def _average(self, values: Tensor) -> Tensor:
-        return self.decay * _or_zero(self.average, values) + (1 - self.decay) * values.abs()
 
-
-def _or_zero(state: Tensor, like: Tensor) -> Tensor:
-    return state if state.numel() else torch.zeros_like(like)
+def _or_zero(state: Tensor, terms: int) -> Tensor:
+    return state if state.numel() else torch.zeros(terms, dtype=torch.float64)
 
 
 def _check_bound(formula: str, bound: float) -> None:

@@ -67,40 +67,37 @@ class MovingBalancer(Remembering, Balancer):
 
 
 class ValueBalancer(MovingBalancer):
-    """A balancer that looks at the values of the terms alone: no backward pass more than a plain step."""
+    """A balancer that looks at the values of the terms alone: a step costs what a plain step does.
+
+    Its weights are those that earlier steps led to, because the values of this one are known only after its forward pass.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
 
-    def weigh_values(self, values: Tensor) -> Tensor:
-        """Return the weights f64 [m] for the values f64 [m]."""
+    def current(self, terms: int, values: Callable[[], Tensor]) -> Tensor:
+        """Return the weights of this step, f64 [m]; calling `values` costs a forward pass more."""
         raise NotImplementedError(f"{type(self).__name__} must say how it weighs.")
 
     def move_values(self, values: Tensor) -> None:
-        """Change the state by the values of this step."""
+        """Change the state by the values of this step, all finite."""
 
     def weigh(self, gram: Tensor, values: Tensor) -> Tensor:
         """Return the weights; the gradients are not looked at."""
-        return self.weigh_values(values)
+        return self.current(len(values), lambda: values)
 
     def move(self, gram: Tensor, values: Tensor) -> None:
-        """Change the state; the gradients are not looked at."""
-        self.move_values(values)
+        """Change the state; the gradients are not looked at, and values that are not finite change nothing."""
+        if bool(torch.isfinite(values).all()):
+            self.move_values(values.detach().double().cpu())
 
     def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
-        """Return the weights of this step by name.
-
-        Raises:
-            InputError: a value that is not finite: it says whose.
-        """
-        names, values = tuple(signals.names), signals.values.detach().double().cpu()
-        bad = [name for name, fine in zip(names, torch.isfinite(values).tolist(), strict=True) if not fine]
-        if bad:
-            raise InputError(f"{self.formula}: the value of {', '.join(bad)} is not finite, so it cannot be weighed.")
-        return dict(zip(names, self.weigh_values(values).tolist(), strict=True))
+        """Return the weights of this step by name."""
+        names = tuple(signals.names)
+        return dict(zip(names, self.current(len(names), lambda: signals.values).tolist(), strict=True))
 
     def advance(self, signals: Signals) -> None:
         """Move the state by the values of this step, after the update."""
-        self.move_values(signals.values.detach().double().cpu())
+        self.move(torch.empty(0), signals.values)
 
 
 class Adam(Remembering):

@@ -34,8 +34,8 @@ class NashMTL(MovingBalancer):
         update_every: bargain anew in every such step and keep the weights in between; with `max_norm=0` the steps between need no
             gradient of their own for each term.
 
-    Scale: `a` solves the equation for `G/|G|` (Frobenius), as the released code does, then is shortened to `|d| <= max_norm`. Because
-    `|d|^2 = m |G|` before that, with `max_norm=1` the step has length 1 until gradients are small: choose the learning rate for that.
+    Scale: `|d|^2 = sum_i a_i (G a)_i = m`, whatever the gradients, then `d` is shortened to `max_norm`. So the step has a constant length
+    (1 by default, `sqrt m` without `max_norm`): choose the learning rate for that.
 
     When it fails: near a Pareto-stationary point the equation has no solution (weights grow without end) and a ridge of 1e-12 on
     the cosines bounds them; there only `d` has a meaning. A gradient that vanishes cannot bargain: weight 0. Steps whose length
@@ -46,8 +46,8 @@ class NashMTL(MovingBalancer):
     Source: arXiv:2202.01017, claim 3.1 and algorithm 1.
 
     Example:
-        >>> NashMTL(max_norm=0).weigh(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2))
-        tensor([1.1892, 1.1892], dtype=torch.float64)
+        >>> NashMTL(max_norm=0).weigh(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.zeros(2))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
     formula: ClassVar[str] = "nash_mtl"
@@ -102,14 +102,14 @@ class NashMTL(MovingBalancer):
 
 
 def bargain(gram: Array) -> Array:
-    """Return `a > 0` with `(G/|G|) a = 1/a`; 0 for a row that vanishes."""
+    """Return `a > 0` with `G a = 1/a`; 0 for a row that vanishes."""
     norms = np.sqrt(np.maximum(gram.diagonal(), 0.0))
     live = norms > 0
     found = np.zeros(len(norms))
     if live.any():
         n = norms[live]
         cosines = gram[np.ix_(live, live)] / n / n[:, None]
-        found[live] = _reciprocal(cosines) / n * np.sqrt(np.linalg.norm(gram))
+        found[live] = _reciprocal(cosines) / n
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Places = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_ENUMERATED = 5
 """Variables up to which all vertices are visited: at most 11 choose 4 systems with one row for each variable and one more."""
@@ -48,7 +49,7 @@ def maximize_on_simplex(objective: Array, rows: Array, least: Array, tie: Array 
 
 
 @lru_cache(maxsize=64)
-def _choices(constraints: int, active: int) -> Array:
+def _choices(constraints: int, active: int) -> Places:
     """Every choice of `active` constraints, int64 [choices, active]."""
     return np.array(list(itertools.combinations(range(constraints), active)), dtype=np.int64).reshape(-1, active)
 
@@ -79,7 +80,8 @@ def _by_vertices(objective: Array, rows: Array, least: Array, tie: Array | None)
     if len(best) > 1 and tie is not None:
         best = best[[((best @ tie) * best).sum(axis=1).argmin()]]
     found: Array = np.maximum(best[0], 0.0)
-    return found / found.sum()
+    found /= found.sum()
+    return found
 
 
 def _by_highs(objective: Array, rows: Array, least: Array) -> Array | None:
@@ -99,4 +101,5 @@ def _by_highs(objective: Array, rows: Array, least: Array) -> Array | None:
     if answer.status != 0:
         return None
     found: Array = np.maximum(answer.x, 0.0)
-    return found / found.sum()
+    found /= found.sum()
+    return found
