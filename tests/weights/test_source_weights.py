@@ -70,7 +70,8 @@ def test_a_step_at_rates_counts_every_example_the_same() -> None:
 
 def test_it_is_a_policy_without_parameters_whose_state_is_its_shares() -> None:
     weights = SourceWeights("ab", [3, 1])
-    assert not list(weights.parameters()) and weights.needs == frozenset()
+    assert not list(weights.parameters())
+    assert weights.needs == frozenset()
     weights.advance()
     twin = SourceWeights("ab")
     twin.load_state_dict(weights.state_dict())
