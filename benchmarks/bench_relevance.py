@@ -102,7 +102,9 @@ def _samples(quick: bool) -> Ratio:
     for number in (few, many):
         world, trainer = Simulator(0), LinearMultiTask(20, 4, 40, sweeps=15, tolerance=0.0)
         for task in range(40):
-            trainer.add(task, *world.draw(task, number))
+            for _ in range(number // few):
+                trainer.add(task, *world.draw(task, few))
+                world.drawn.clear()
         trainers.append(trainer)
 
     def fresh(trainer: LinearMultiTask) -> None:

@@ -44,7 +44,8 @@ class Simulator:
     """One instance: true heads, target samples, and draws of the sources."""
 
     def __init__(self, seed: int) -> None:
-        self.generators: dict[int, torch.Generator] = {}
+        self.pools: dict[int, tuple[Tensor, Tensor]] = {}
+        self.drawn: dict[int, int] = {}
         g = torch.Generator().manual_seed(derive(seed, "instance"))
         self.basis = torch.linalg.qr(torch.randn(FEATURES, RANK, generator=g, dtype=torch.float64)).Q
         self.heads = 0.4 * torch.randn(RANK, TASKS, generator=g, dtype=torch.float64)
@@ -56,9 +57,13 @@ class Simulator:
 
     def draw(self, task: int, n: int) -> tuple[Tensor, Tensor]:
         """Draw from a source: the same samples in the same order for every allocation, so that these are compared in pairs."""
-        if task not in self.generators:
-            self.generators[task] = torch.Generator().manual_seed(derive(self.seed, "source", task))
-        return self._samples(self.heads[:, task], n, self.generators[task])
+        if task not in self.pools:
+            generator = torch.Generator().manual_seed(derive(self.seed, "source", task))
+            self.pools[task] = self._samples(self.heads[:, task], BUDGET, generator)
+        first = self.drawn.get(task, 0)
+        self.drawn[task] = first + n
+        inputs, targets = self.pools[task]
+        return inputs[first : first + n], targets[first : first + n]
 
     def risk(self, model: Tensor) -> float:
         """The excess risk E (x'model - x'B w)^2, exact for these inputs."""
@@ -67,7 +72,7 @@ class Simulator:
     def fixed(self, counts: Tensor) -> float:
         """The excess risk after sampling by a plan."""
         trainer = LinearMultiTask(FEATURES, RANK, TASKS)
-        self.generators.clear()
+        self.drawn.clear()
         for task, n in enumerate(counts.tolist()):
             trainer.add(task, *self.draw(task, n))
         trainer.fit()
@@ -77,7 +82,7 @@ class Simulator:
     def adaptive(self, relevance: LassoRelevance, epochs: int = 2, exploration: float = 0.3) -> tuple[float, Tensor]:
         """The excess risk of the search that knows no head, and its counts."""
         trainer = LinearMultiTask(FEATURES, RANK, TASKS)
-        self.generators.clear()
+        self.drawn.clear()
         search = ActiveMultiTask(
             trainer, self.draw, BUDGET, epochs, target=self.target, relevance=relevance, exploration=exploration
         )
@@ -90,10 +95,8 @@ class Simulator:
         return risk_bound(self.heads, self.goal, counts, noise=1.0, features=FEATURES, target_samples=TARGET).expected
 
     def _samples(self, head: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        # A row is a sample with its noise, so that the order of draws does not depend on how many are drawn at once.
-        rows = torch.randn(n, FEATURES + 1, generator=generator, dtype=torch.float64)
-        x = rows[:, :-1]
-        return x, x @ self.basis @ head + rows[:, -1]
+        x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64)
+        return x, x @ self.basis @ head + torch.randn(n, generator=generator, dtype=torch.float64)
 
 
 def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Finding:
