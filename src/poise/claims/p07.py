@@ -32,7 +32,8 @@ from poise.search import (
     uniform_counts,
 )
 from poise.tasks.corrupted_digits import CorruptedDigits
-from poise.weights import LassoRelevance, risk_bound
+from poise.weights.allocation import risk_bound
+from poise.weights.relevance import LassoRelevance
 
 FEATURES, RANK, TASKS, BUDGET, TARGET, FLOOR, SEEDS = 20, 4, 40, 6000, 400, 25, 30
 TARGETS = (("rotate", 3), ("blur", 8), ("noise", 5), ("stripe", 1), ("shift", 9))
