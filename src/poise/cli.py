@@ -534,7 +534,7 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
     if save is not None and ((save / CONFIG).exists() or (save / "config.json").exists()):
         raise InputError(f"{save} holds a model already. Choose another folder with --save, or remove this one.")
     (formula,) = study.config.formulas
-    if autos := parse(formula).autos:
+    if autos := parse(formula).searched:
         raise InputError(
             f"This command needs a number for every weight, and {', '.join(autos)} is `auto`. "
             "`poise compare DATA FORMULA --tune 10` finds the weights."

@@ -69,6 +69,8 @@ def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
         "term": "Terms",
         "shorthand": "Shorthands for sums of terms",
         "weight": "Weights",
+        "balancer": "Methods of auto(policy='pareto', method=...), which weighs the gradients of terms against each other",
+        "bilevel": "Methods of auto(policy='bilevel', method=...), which goes by the validation objective",
         "part": "Parts of the model",
     }
     for kind, title in titles.items():

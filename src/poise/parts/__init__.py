@@ -20,21 +20,36 @@ if TYPE_CHECKING:
 __all__ = ["CATALOGUE", "apply_part", "parse_part"]
 
 CATALOGUE: dict[str, str] = {
+    "best_response": "poise.parts.best_response_conversion:make_best_response",
     "compand": "poise.parts.companding:compand",
 }
 """Parts that text may name, and where each is defined; read without importing PyTorch."""
 
 _HOME: dict[str, str] = {
+    "BestResponse": "best_response",
+    "BestResponseConv2d": "best_response",
+    "BestResponseEmbedding": "best_response",
+    "BestResponseLSTM": "best_response_lstm",
+    "BestResponseLinear": "best_response",
     "CompandBarrier": "companding",
     "Compander": "companding",
     "Companding": "companding",
     "ConversionReport": "companding_conversion",
     "MaskReport": "token_mask",
     "TokenMask": "token_mask",
+    "TunedChannelDropout": "tuned_noise",
+    "TunedColourJitter": "tuned_noise",
+    "TunedCutout": "tuned_noise",
+    "TunedDropout": "tuned_noise",
+    "TunedInputScale": "tuned_noise",
+    "TunedNoise": "tuned_noise",
     "compand": "companding",
     "compand_pretrained": "companding_conversion",
     "companding_of": "companding",
+    "drop_connect": "tuned_noise",
+    "fold_best_response": "best_response_conversion",
     "folded_copy": "companding",
+    "make_best_response": "best_response_conversion",
     "mask_report": "token_mask",
 }
 

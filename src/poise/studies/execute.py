@@ -133,6 +133,8 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
         if spec.measure == "test":
             metrics |= _measure(run, split, "test")
             details = split.details(run)
+    if run.weights:
+        details = {**details, "weights": run.weights}
     curves = {**run.history.curves(), **details.pop("curves", {})}
     return RunRecord(
         spec.id,

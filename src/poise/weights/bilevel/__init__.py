@@ -7,8 +7,36 @@ from typing import Any
 from poise.lazy import load
 
 _HOME = {
+    "BestRecord": "self_tuning",
+    "AIDCG": "descent",
+    "AdaptiveSigma": "sigma",
+    "BOME": "first_order",
+    "BOREP": "bo_rep",
+    "ConstantSigma": "sigma",
     "Counters": "levels",
+    "Differences": "hypergradient",
+    "F2SA": "first_order",
+    "Hypergradient": "hypergradient",
+    "ITD": "descent",
+    "ImplicitHypergradient": "hypergradient",
     "Levels": "levels",
+    "SelfTuning": "self_tuning",
+    "OnlineBilevel": "online",
+    "Outer": "method",
+    "PenaltyBilevel": "penalty",
+    "PenaltySweep": "penalty_checks",
+    "PowerSigma": "sigma",
+    "ReciprocalSigma": "sigma",
+    "SOBA": "single_loop",
+    "StocBiO": "descent",
+    "TTSA": "single_loop",
+    "UnrolledHypergradient": "hypergradient",
+    "VPBGD": "first_order",
+    "error_bound_modulus": "penalty_checks",
+    "hypergradient_exact": "penalty_checks",
+    "penalty_sweep": "penalty_checks",
+    "relaxed_smoothness": "bo_rep",
+    "smoothness_probe": "bo_rep",
 }
 __all__ = sorted(_HOME)
 

@@ -46,6 +46,14 @@ class Counters:
         """Lower gradients and products with the lower Hessian: the axis on which bilevel methods are compared."""
         return self.lower_gradients + self.hessian_products
 
+    def since(self, before: Counters) -> Counters:
+        """Return what was counted after `before`, which is a copy made earlier."""
+        return Counters(*(getattr(self, each.name) - getattr(before, each.name) for each in fields(self)))
+
+    def copy(self) -> Counters:
+        """Return the counts as they are now."""
+        return self.since(Counters())
+
     def reset(self) -> None:
         """Count from 0 again."""
         for each in fields(self):
@@ -146,6 +154,29 @@ class Linearised:
         self.counters.mixed_products += 1
         return self._product(vector, self._theta)
 
+    def both_products(self, vector: Tensors) -> tuple[Tensors, Tensors]:
+        """Return H v and J' v from one backward pass."""
+        self.counters.hessian_products += 1
+        self.counters.mixed_products += 1
+        both = self._product(vector, (*self._x, *self._theta))
+        return both[: len(self._x)], both[len(self._x) :]
+
+    def response_product(self, change: Tensors) -> Tensors:
+        """Return J v for a change v of theta, of the form of x: how d lower/dx moves when theta moves."""
+        self.counters.mixed_products += 1
+        # J' w is linear in w: its derivative along v is J v.
+        weights = tuple(torch.zeros_like(g, requires_grad=True) for g in self._gradient)
+        pairs = [(g, w) for g, w in zip(self._gradient, weights, strict=True) if g.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(w) for w in weights)
+        outputs, inner = zip(*pairs, strict=True)
+        with torch.enable_grad():
+            found = torch.autograd.grad(outputs, self._theta, inner, create_graph=True, allow_unused=True)
+            total = [(f * v).sum() for f, v in zip(found, change, strict=True) if f is not None]
+            if not total:
+                return tuple(torch.zeros_like(w) for w in weights)
+            return gradients(torch.stack(total).sum(), weights)
+
     def _product(self, vector: Tensors, to: Tensors) -> Tensors:
         # A lower objective that is linear in one of the parameters has a gradient there without a graph.
         pairs = [(g, v) for g, v in zip(self._gradient, vector, strict=True) if g.requires_grad]
@@ -188,7 +219,8 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over all tensors jointly, 0-dim."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return total
 
 
 def shifted(left: Sequence[Tensor], scale: float | Tensor, right: Sequence[Tensor]) -> Tensors:

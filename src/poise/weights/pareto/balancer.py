@@ -21,11 +21,15 @@ class Balancer(nn.Module):
 
     Class attributes:
         formula: the name of the method in `auto(policy="pareto", method=...)`.
+        total: what the weights sum to where no term conflicts with another: "1", "m" (as the plain sum) or "free".
         needs: what it must be told.
+        balances: its weights are for shared parameters alone.
     """
 
     formula: ClassVar[str] = ""
+    total: ClassVar[str] = "free"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    balances: ClassVar[bool] = True
 
     def weigh(self, gram: Tensor, values: Tensor) -> Tensor:
         """Return the weights of the rows, f64 [m].
