@@ -109,7 +109,7 @@ def test_a_button_of_the_weights_hides_that_weight_in_all_its_figures(browser: B
     button = 'document.querySelector(\'button[data-charts^="policy-weight-3"][data-formula="0"]\')'
     assert browser.run(f"{button}.textContent.trim()").startswith("1")
     browser.run(f"{button}.click()")
-    for chart in ("weight", "norm", "slope"):
+    for chart in ("weight", "gradient-norm", "hypergradient"):
         shown = f"document.getElementById('plot-policy-{chart}-3').data.filter(t => t.visible).map(t => t.meta.formula)"
         assert 0 not in browser.run(shown)
         assert 1 in browser.run(shown)

@@ -69,6 +69,30 @@ def test_a_figure_stands_only_where_its_curves_are(parts: set[str], there: str) 
     assert found.fronts == ()
 
 
+def test_what_else_a_policy_says_about_every_weight_is_drawn_beside_it(summary: Summary) -> None:
+    entry = summary.formulas[3]
+    own = {
+        f"policy/influence/{name}": curve("i", [0, 1], {0: [value, 2.0]})
+        for name, value in (("l2", -1.0), ("mixup", 1.0))
+    }
+    changed = replace(entry, curves={**entry.curves, **own})
+    page = Page(replace(summary, formulas=(*summary.formulas[:3], changed, summary.formulas[4])))
+    assert page.policies is not None
+    titles = [section.chart.title for section in page.policies.panels[0].drivers]
+    assert titles == ["Gradient norms in D", "Hypergradients in D", "Influence in D"]
+
+
+def test_what_policies_chose_is_no_alignment(summary: Summary) -> None:
+    entry = summary.formulas[3]
+    seeds = tuple(replace(run, details={"weights": {"l2": 0.1}}) for run in entry.seeds)
+    assert (
+        Page(
+            replace(summary, formulas=(*summary.formulas[:3], replace(entry, seeds=seeds), summary.formulas[4]))
+        ).alignment
+        is None
+    )
+
+
 @pytest.mark.parametrize("part", ["hypergradient_error", "hypervolume", "front"])
 def test_what_is_drawn_by_formula_needs_no_panel(part: str) -> None:
     found = Page(make_policy_summary(parts=frozenset({part}), seeds=2, steps=40)).policies

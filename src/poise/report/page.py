@@ -13,7 +13,7 @@ from poise.report.alignment import CURVES, alignment_of
 from poise.report.constraints import CONSTRAINT_CURVES, constraints_of
 from poise.report.embed import figure_text
 from poise.report.figures import Figure, Line, Point, Row
-from poise.report.policies import POLICY_CURVES, policies_of
+from poise.report.policies import policies_of, stands_here
 
 if TYPE_CHECKING:
     from poise.studies.intervals import Estimate
@@ -478,7 +478,8 @@ class Page:
             for formula in self.summary.formulas
             for name in sorted(formula.curves)
             if name not in shown
-            and not name.startswith(("term/", "weight/", "active/", *POLICY_CURVES, *CONSTRAINT_CURVES))
+            and not name.startswith(("term/", "weight/", "active/", *CONSTRAINT_CURVES))
+            and not stands_here(name)
         )
         sections: list[CurveSection] = []
         for name in names:

@@ -6,6 +6,7 @@ It is drawn from curves that a policy writes by these names, and stands only whe
     policy/gradient_norm/<name>         norm of the term's gradient
     policy/cosine/<a>,<b>               cosine between the gradients of two terms; below 0 they pull against each other
     policy/hypergradient/<name>         derivative of the validation objective by the weight
+    policy/<anything>/<name>            what else a policy has to say about every weight, such as the influence of every reward
     policy/hypergradient_error          estimate of its relative error
     policy/training_objective, policy/validation_objective
     policy/front/<name>                 an objective at every point of a front, over the number of the point; to be minimised
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
     from poise.report.tuning_cost import TuningCost
     from poise.studies.summary import Curve, FormulaSummary
 
-__all__ = ["POLICY_CURVES", "Policies", "PolicyPanel", "policies_of"]
+__all__ = ["Policies", "PolicyPanel", "policies_of", "stands_here"]
 
-_KINDS = ("weight", "gradient_norm", "hypergradient", "cosine", "front")
+_DRIVERS = {"gradient_norm": "Gradient norms", "hypergradient": "Hypergradients"}
 _SINGLES = ("hypergradient_error", "training_objective", "validation_objective", "front_chosen", "hypervolume")
-POLICY_CURVES = (*(f"policy/{kind}/" for kind in _KINDS), *(f"policy/{name}" for name in _SINGLES))
-"""How the names of the curves begin that stand here and not among the others."""
+
+
+def stands_here(curve: str) -> bool:
+    """Say whether a curve is drawn in this section, and so not among the others: every one by name, and the known single ones."""
+    return curve.startswith("policy/") and (curve.count("/") > 1 or curve.removeprefix("policy/") in _SINGLES)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class PolicyPanel:
         key: the formula.
         names: the weights and terms by number; the figures that share them.
         weights: the paths with their numbers.
-        drivers: gradient norms and hypergradients.
+        drivers: gradient norms, hypergradients, and what else the policy said by name.
         cosines: between the gradients of two terms.
         objectives: the training objective and the validation objective.
     """
@@ -114,9 +118,17 @@ def _kind(formula: FormulaSummary, kind: str) -> dict[str, Curve]:
     }
 
 
+def _driving(formula: FormulaSummary) -> list[str]:
+    """Return what there is by name beside weights, cosines and fronts; the well-known kinds first."""
+    found = dict.fromkeys(name.split("/")[1] for name in formula.curves if stands_here(name) and name.count("/") > 1)
+    return sorted(found.keys() - {"weight", "cosine", "front"}, key=lambda kind: (kind not in _DRIVERS, kind))
+
+
 def _panel(page: Page, formula: FormulaSummary) -> PolicyPanel | None:
-    weights, norms, slopes = (_kind(formula, kind) for kind in ("weight", "gradient_norm", "hypergradient"))
-    names = {name: place for place, name in enumerate(dict.fromkeys([*weights, *norms, *slopes]))}
+    weights = _kind(formula, "weight")
+    driving = {kind: _kind(formula, kind) for kind in _driving(formula)}
+    every = dict.fromkeys(name for curves in (weights, *driving.values()) for name in curves)
+    names = {name: place for place, name in enumerate(every)}
     letter = palette.letter(formula.index)
     objectives = {
         title: formula.curves[f"policy/{name}"]
@@ -124,10 +136,17 @@ def _panel(page: Page, formula: FormulaSummary) -> PolicyPanel | None:
         if f"policy/{name}" in formula.curves
     }
     pairs = {name.replace(",", " and "): curve for name, curve in _kind(formula, "cosine").items()}
-    drivers = (
-        _named(page, f"policy-norm-{formula.index}", f"Gradient norms in {letter}", norms, names),
-        _named(page, f"policy-slope-{formula.index}", f"Hypergradients in {letter}", slopes, names, zero=True),
-    )
+    drivers = [
+        _named(
+            page,
+            f"policy-{kind.replace('_', '-')}-{formula.index}",
+            f"{_DRIVERS.get(kind, kind.replace('_', ' ').capitalize())} in {letter}",
+            curves,
+            names,
+            zero=any(value is not None and value < 0 for curve in curves.values() for value in curve.mean),
+        )
+        for kind, curves in driving.items()
+    ]
     panel = PolicyPanel(
         key=page.key(formula.index),
         names=tuple(_key(place, name) for name, place in names.items()),
