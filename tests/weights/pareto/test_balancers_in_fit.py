@@ -13,23 +13,9 @@ import poise
 from poise.weights.policies import METHODS
 from two_processes import on_two
 
-NAMES = [
-    "mgda",
-    "pcgrad",
-    "cagrad",
-    "upgrad",
-    "nash_mtl",
-    "grad_norm",
-    "normalised",
-    "uncertainty",
-    "dynamic_average",
-    "loss_scale",
-    "imtl_g",
-    "imtl_l",
-    "epo",
-    "random",
-    "fixed",
-]
+_GRADIENTS = ["mgda", "pcgrad", "cagrad", "upgrad", "nash_mtl", "grad_norm", "normalised", "imtl_g", "epo"]
+_VALUES = ["uncertainty", "dynamic_average", "loss_scale", "imtl_l", "random", "fixed"]
+NAMES = _GRADIENTS + _VALUES
 TWO = "cross_entropy.named('left') + 50*cross_entropy.on(logits='right_logits', target='other').named('right')"
 
 
