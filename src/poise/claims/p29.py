@@ -71,8 +71,14 @@ class TargetInUnits(TargetClassification):
     factor = 1.0
 
     def forward(
-        self, logits: Tensor, domain: Tensor, features: Tensor | None = None, target: Tensor | None = None
+        self,
+        logits: Tensor,
+        domain: Tensor,
+        features: Tensor | None = None,
+        target: Tensor | None = None,
+        frozen_head_logits: Tensor | None = None,
     ) -> Value:
+        logits = logits if frozen_head_logits is None else frozen_head_logits
         out = super().forward(reverse_gradient(logits, -self.factor), domain, features, target)
         return Value(self.factor * out.values, out.values if out.surrogate is None else out.surrogate)
 
