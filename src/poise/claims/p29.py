@@ -23,13 +23,20 @@ from torch import Tensor, nn
 
 from poise.claims import Claim, Finding, Progress
 from poise.data.domain_pairs import DomainPairs
-from poise.objective import Objective, Value
+from poise.objective import Objective, Term, Value
 from poise.quantities import derive
 from poise.readouts import DomainFeatures
 from poise.solvers.torch_optimizers import SGD
 from poise.tasks.digit_domains import DigitDomains, load_digit_domains
-from poise.terms import DomainAdversarial, MutualInformation, SourceClassification, TargetClassification
-from poise.terms.domain import reverse_gradient
+from poise.terms.domain import (
+    ConditionalDomainAdversarial,
+    DomainAdversarial,
+    MarginDisparity,
+    MutualInformation,
+    SourceClassification,
+    TargetClassification,
+    reverse_gradient,
+)
 from poise.training import fit
 from poise.weights.pareto import EPO, MGDA, Balancer, FixedPreference, GuidedPareto, PCGrad
 
@@ -95,6 +102,7 @@ class Method:
         refine: of target classification.
         guide: "held out", or "train" for the rows that are trained on.
         free_head: objectives on target rows move the head too.
+        alignment: "dann", "cdan" or "mdd".
     """
 
     name: str
@@ -104,6 +112,7 @@ class Method:
     refine: Any = "bayes"
     guide: str = "held out"
     free_head: bool = True
+    alignment: str = "dann"
 
 
 def guided(upper: Any, **options: Any) -> GuidedPareto:
@@ -126,6 +135,15 @@ METHODS = (
     Method(BAD_GUIDED, partial(guided, branch="dominance", normalize="loss"), units=BAD),
 )
 MORE = (
+    *(
+        Method(f"{alignment.upper()}, {name}", policy, terms, alignment=alignment)
+        for alignment in ("cdan", "mdd")
+        for name, policy, terms in (
+            ("alone", None, 2),
+            ("equal weights", partial(watched, make=FixedPreference), 3),
+            ("guided, dominance", partial(guided, branch="dominance"), 3),
+        )
+    ),
     Method("MGDA", partial(watched, make=MGDA)),
     Method("PCGrad", partial(watched, make=PCGrad)),
     Method("EPO, equal values", partial(watched, make=EPO)),
@@ -246,11 +264,20 @@ def _train(method: Method, data: DigitDomains, seed: int) -> Outcome:
 
 
 def _objective(method: Method, target: TargetClassification, seed: int) -> Objective:
-    alignment = AlignmentInUnits(WIDTH, HIDDEN, warmup=STEPS / 30, seed=seed)
-    alignment.factor = method.units[0]
-    terms = [SourceClassification().named("S"), alignment.named("D"), target.named("T")]
+    terms = [SourceClassification().named("S"), _alignment(method, seed).named("D"), target.named("T")]
     objective: Objective = sum(terms[1 : method.terms], terms[0])
     return objective
+
+
+def _alignment(method: Method, seed: int) -> Term:
+    warmup = STEPS / 30
+    if method.alignment == "cdan":
+        return ConditionalDomainAdversarial(WIDTH, CLASSES, HIDDEN, warmup=warmup, seed=seed)
+    if method.alignment == "mdd":
+        return MarginDisparity(WIDTH, CLASSES, HIDDEN, warmup=warmup, seed=seed)
+    dann = AlignmentInUnits(WIDTH, HIDDEN, warmup=warmup, seed=seed)
+    dann.factor = method.units[0]
+    return dann
 
 
 def _mlp(seed: int) -> nn.Module:
