@@ -120,5 +120,8 @@ def _judge(case: Case, pairs: list[tuple[Outcome, list[Outcome]]]) -> list[Ratio
     )
     return [
         Ratio(f"{case.title}: processor time of auto / random search of {len(pairs[0][1])}", cost, 0.2, "lower", f"{plain:.2f} plain runs"),
-        Ratio(f"{case.title}: test value of auto less that of the search / its half interval", difference.mean / half if half else 0.0, 1.0, "lower", detail),
+        Ratio(
+            f"{case.title}: test value of auto less that of the search / its half interval", difference.mean / half if half else 0.0, 1.0,
+            "lower", detail,
+        ),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 fit(model, "a + auto(policy='bilevel')*l2", ...)        # made from the formula
 fit(model, "a + auto*l2", ..., policy=OnlineBilevel())   # owns every `auto` that names no policy
 fit(model, "a + b", ..., policy="mgda")                  # balances every term
+fit(model, "a + b", ..., policy=SelfTuning(hypers))      # owns no weight: tunes what the model's layers and the terms read
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from poise.errors import InputError
 from poise.objective import Objective, replace_weights
 from poise.problem import Policy, Problem, Signals
 from poise.weights.auto import Auto
+from poise.weights.hyperparameter import HyperparameterWeight
 from poise.weights.owned import OwnedWeight, rows_of
 from poise.weights.policies import find_policy, make_policy
 
@@ -63,6 +65,8 @@ class Policies:
         self.owners = [self._owner(make_policy(*key), {n: autos[n] for n in names}) for key, names in made.items()]
         if given is not None and plain:
             self.owners.append(self._owner(given, {n: autos[n] for n in plain}))
+        elif given is not None and getattr(given, "tunes_hyperparameters", False):
+            self.owners.append(Owner(given, {}))
         elif given is not None:
             self._refuse_needless(objective, given, made)
             self.owners.append(Owner(given, {label: OwnedWeight(label) for label in objective.labels}))
@@ -125,10 +129,14 @@ class Policies:
         for owner in self.owners:
             signals = make(
                 tuple(owner.weights), rows, problem, weights={n: w.current for n, w in owner.weights.items()},
-                shared=None if owner.balances else "all",
+                shared=None if owner.balances else "all", on=getattr(owner.policy, "features", None),
             )  # fmt: skip
             every.append(signals)
             for name, weight in owner.policy.weights(signals).items():
+                if name not in owner.weights:
+                    raise InputError(
+                        f"{type(owner.policy).__name__} gave a weight {name!r}; it owns {', '.join(owner.weights) or 'none'}."
+                    )
                 owner.weights[name].current = checked(name, weight)
             if problem.has_table:
                 problem.weigh({n: w.current for n, w in owner.weights.items()}, own=owner.balances)
@@ -146,6 +154,11 @@ class Policies:
         """Every owned weight as it is now; the mean of one that weighs every example."""
         values = {name: w.current for owner in self.owners for name, w in owner.weights.items()}
         return {name: float(w.mean()) if isinstance(w, Tensor) else float(w) for name, w in values.items()}
+
+    def discard(self, every: list[Signals]) -> None:
+        """Let the policies put back what they changed for a step that was not taken."""
+        for owner, signals in zip(self.owners, every, strict=True):
+            getattr(owner.policy, "discard", lambda signals: None)(signals)
 
     def report(self) -> dict[str, float]:
         """Return the curves of the policies: every weight, and what a policy has to say."""
@@ -222,7 +235,7 @@ def default_upper(objective: Objective) -> Objective:
     kept = [
         e.summand
         for e in objective._entries
-        if not any(isinstance(leaf, OwnedWeight) for leaf in leaves_of(e.weight))
+        if not any(isinstance(leaf, OwnedWeight | HyperparameterWeight) for leaf in leaves_of(e.weight))
         and not e.auxiliary
         and set(e.term.reads) - {"parameters", "model"}
     ]

@@ -93,6 +93,12 @@ class ResponseInput(nn.Module):
         shape[axis] = len(rows)
         return rows.view(shape)
 
+    def one(self) -> Tensor:
+        """Return one row [n] for what examples share: the first that is placed, or `point`."""
+        if self._placed is None:
+            return self.point
+        return self._placed if self._placed.ndim == 1 else self._placed[0]
+
     def __getstate__(self) -> dict[str, Any]:
         # What is placed belongs to the running step, and may hang on a graph.
         return {**self.__dict__, "_placed": None}

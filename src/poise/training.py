@@ -463,6 +463,7 @@ class _Loop:
         step = self.solver.step(problem, self._accept(problem))
         if step.skipped:
             self.objective.discard()
+            self.policies.discard(signals)
             state.skipped += 1
         else:
             self.objective.advance()

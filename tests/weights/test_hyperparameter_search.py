@@ -115,7 +115,7 @@ def test_a_value_is_shaken_around_its_start_by_noise_or_by_a_wave_and_held_by_ne
         policy = PerturbedHyperparameters([rate], **options)  # type: ignore[arg-type]
         found = []
         for step in range(400):
-            policy.weights(SimpleNamespace(step=step))  # type: ignore[arg-type]
+            policy.weights(SimpleNamespace(step=step, names=()))  # type: ignore[arg-type]
             found.append(float(rate))
         return torch.tensor(found)
 

@@ -237,3 +237,11 @@ def test_bad_input_is_refused_with_words() -> None:
     rows.rows[1]["head.bias"][0] = math.inf  # type: ignore[index]
     with pytest.raises(InputError, match="gradient of length is not finite"):
         GradientInfluence().weights(signals(rows))
+
+
+def test_long_gradients_have_the_inner_products_of_short_ones() -> None:
+    rows = [
+        {"p": torch.randn(20_000, generator=torch.Generator().manual_seed(s), dtype=torch.float64)} for s in range(3)
+    ]
+    flat = torch.stack([row["p"] for row in rows])
+    torch.testing.assert_close(GradientTable(("a", "b", "c"), torch.zeros(3), rows).gram, flat @ flat.T)

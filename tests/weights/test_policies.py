@@ -143,6 +143,20 @@ def test_a_fixed_factor_stays_before_a_balanced_term() -> None:
     assert "2.25*cross_entropy.on" in str(poise.parse(str(run.objective)))
 
 
+def test_balancing_on_features_gives_the_update_of_its_weights() -> None:
+    data = two_tasks()
+    ours = poise.fit(
+        model_of(), TWO, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, policy=Halves().on("trunk")
+    )  # type: ignore[arg-type]
+    plain = poise.fit(model_of(), TWO, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, policy=Halves())  # type: ignore[arg-type]
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    text = "auto(policy='pareto', method=\"mgda(on='trunk')\")"
+    named = poise.parse(TWO.replace("cross_entropy.", f"{text}*cross_entropy.", 1).replace("+ ", f"+ {text}*"))
+    run = poise.fit(model_of(), named, data, readout=both_heads, lr=0.1, steps=3, batch_size=12, accumulate=2)  # type: ignore[arg-type]
+    assert sum(run.weights.values()) == pytest.approx(1.0)
+
+
 def test_a_balancer_needs_two_terms() -> None:
     data = two_tasks()
     with pytest.raises(InputError, match="needs two terms at least, and it has left"):
@@ -344,3 +358,87 @@ def test_a_factor_that_is_a_schedule_moves_the_row_with_it() -> None:
         "cross_entropy + linear(0, 1, steps=4)*auto('a')*l2", policy=OnlineBilevel(warmup=0.5, every=1), steps=6
     )
     assert set(run.weights) == {"a"}
+
+
+# ---- methods that move the model themselves -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("maid(step0=1.0)", 60),
+        ("hoag", 60),
+        ("penalty(lr=3.0, inner_steps=60, sigma=0.01)", 100),
+        ("bo_rep(lr=0.05, inner_steps=60, system_lr=0.2)", 100),
+    ],
+)
+def test_a_method_in_a_formula_finds_the_weight_that_validation_wants(method: str, steps: int) -> None:
+    x, y, xv, yv = ridge()
+
+    def judged(log: float) -> float:
+        a = x.T @ x / 30 + torch.tensor(log).double().exp() * torch.eye(6, dtype=torch.float64)
+        return float(0.5 * (xv @ torch.linalg.solve(a, x.T @ y / 30) - yv).square().mean())
+
+    best = min(judged(log / 50) for log in range(-345, 230))
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1, bias=False).double()
+    formula = f'squared_error + auto(policy="bilevel", method="{method}")*l2(biases=True)'
+    run = poise.fit(
+        model, formula, (x, y), {"input": xv, "target": yv}, readout=Regression(), lr=0.3, steps=steps, batch_size=30, seed=0,
+    )  # fmt: skip
+    start = judged(float(torch.tensor((1e-3 * 1e2) ** 0.5).log()))
+    assert judged(float(torch.tensor(run.weights["l2"]).log())) - best < 0.1 * (start - best)
+    at = x.T @ x / 30 + run.weights["l2"] * torch.eye(6, dtype=torch.float64)
+    gap = model.weight.detach()[0] - torch.linalg.solve(at, x.T @ y / 30)
+    assert float(gap.norm()) < 0.1
+
+
+def test_maid_refuses_batches_that_differ_and_a_lower_level_that_is_not_strongly_convex() -> None:
+    x, y, xv, yv = ridge()
+    valid = {"input": xv, "target": yv}
+    maid = 'auto(policy="bilevel", method="maid")'
+    with pytest.raises(InputError, match="maid needs a lower bound of the curvature"):
+        poise.fit(
+            nn.Linear(6, 1).double(),
+            f"squared_error + {maid}*l2",
+            (x, y),
+            valid,
+            readout=Regression(),
+            steps=3,
+            batch_size=30,
+        )
+    with pytest.raises(poise.errors.IncompatibleError, match="deterministic lower evaluations"):
+        poise.fit(
+            nn.Linear(6, 1).double(), f"squared_error + {maid}*l2(biases=True)", (x, y), valid, readout=Regression(), steps=3,
+            batch_size=10,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["maid", "penalty", "bo_rep"])
+def test_a_method_that_moves_the_model_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
+    x, y, xv, yv = ridge()
+
+    def fit(steps: int, **options: Any) -> Any:
+        torch.manual_seed(0)
+        formula = f'squared_error + auto(policy="bilevel", method="{method}")*l2(biases=True)'
+        return poise.fit(
+            nn.Linear(6, 1, bias=False).double(), formula, (x, y), {"input": xv, "target": yv}, readout=Regression(), lr=0.1, steps=steps,
+            batch_size=30, **options,
+        )  # fmt: skip
+
+    class Stop:
+        def on_step_end(self, state: Any) -> None:
+            if state.step == 5:
+                state.stop = "here"
+
+    whole = fit(12)
+    fit(12, checkpoint=tmp_path, callbacks=[Stop()])
+    from poise import checkpoint
+
+    found = checkpoint.load_newest(tmp_path, torch.device("cpu"))
+    assert found is not None
+    found["fields"]["stop"] = None
+    checkpoint.save(tmp_path, 5, found)
+    resumed = fit(12, checkpoint=tmp_path)
+    assert resumed.weights == whole.weights
+    assert torch.equal(resumed.model.weight, whole.model.weight)

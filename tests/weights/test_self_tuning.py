@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import poise
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
 from poise.parts import BestResponseLinear, TunedDropout, make_best_response
@@ -18,7 +19,7 @@ from poise.problem import Problem
 from poise.readouts.supervised import Classification, Regression
 from poise.response_input import response_input_of
 from poise.terms import L2, ConfidencePenalty, CrossEntropy, SquaredError
-from poise.weights import Hyperparameter
+from poise.weights import Hyperparameter, ReplayedHyperparameters
 from poise.weights.bilevel.response_step import linearised_outputs
 from poise.weights.bilevel.self_tuning import SelfTuning, perturbation_entropy
 
@@ -451,3 +452,70 @@ def test_weights_that_are_auto_get_hyperparameters_of_their_own() -> None:
     assert torch.as_tensor(weights["l2"]).ndim == 0
     with pytest.raises(InputError, match="no hyperparameter"):
         SelfTuning().bind({}, {})
+
+
+# ---- within fit -----------------------------------------------------------------------------------------------------
+
+
+def data() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 6, generator=g), torch.randint(0, 3, (60,), generator=g)
+    return {"input": x[:30], "target": y[:30]}, {"input": x[30:], "target": y[30:]}
+
+
+@pytest.mark.parametrize("variant", ["stn", "delta"])
+def test_fit_tunes_what_the_layers_of_a_model_read_and_draws_its_path(variant: Any) -> None:
+    train, valid = data()
+    model, policy = tuned(variant=variant, train_steps=1)
+    run = poise.fit(model, "cross_entropy", train, valid, policy=policy, steps=8, batch_size=10, lr=0.1, log_every=1)
+    assert policy.counts.tolist() == [8, 8]
+    assert policy.values["rate"] != pytest.approx(0.3, abs=1e-6)
+    assert run.history["policy/hyperparameter/rate"][-1] == pytest.approx(policy.values["rate"])
+    assert run.predict(valid["input"]).shape == (30, 3)
+    plain = network(TunedDropout(rate := Hyperparameter("rate", 0.3, 0, 0.9)))
+    replay = ReplayedHyperparameters(policy.schedule, [rate])
+    poise.fit(plain, "cross_entropy", train, policy=replay, steps=8, batch_size=10)
+    assert float(rate) == pytest.approx(policy.schedule.at(7)["rate"])
+
+
+def test_a_run_that_is_resumed_from_its_checkpoint_is_the_uninterrupted_one(tmp_path: Any) -> None:
+    train, valid = data()
+
+    class Breakdown:
+        def on_step_end(self, state: Any) -> None:
+            if state.step == 6:
+                raise RuntimeError("the machine went down")
+
+    def run(folder: Any, callbacks: Any = ()) -> tuple[nn.Module, SelfTuning]:
+        model, policy = tuned()
+        poise.fit(
+            model, "cross_entropy", train, valid, policy=policy, steps=10, batch_size=10, lr=0.1, checkpoint=folder,
+            checkpoint_steps=5, callbacks=callbacks,
+        )  # fmt: skip
+        return model, policy
+
+    whole, policy = run(None)
+    with pytest.raises(RuntimeError, match="went down"):
+        run(tmp_path, [Breakdown()])
+    model, resumed = run(tmp_path)
+    assert resumed.schedule == policy.schedule
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("variant", ["stn", "delta"])
+def test_an_auto_weight_of_a_formula_is_tuned_for_each_example(variant: Any) -> None:
+    train, valid = data()
+    policy = SelfTuning(variant=variant, warmup=0, train_steps=1)
+    formula = "cross_entropy + auto(low=0.01, high=1)*confidence_penalty with best_response(n_hyper=1)"
+    run = poise.fit(network(), formula, train, valid, policy=policy, steps=6, batch_size=10, lr=0.1)
+    assert list(policy.values) == ["confidence_penalty"]
+    assert policy.values["confidence_penalty"] != pytest.approx(0.1, abs=1e-6)
+    assert isinstance(run.model[0], BestResponseLinear)  # type: ignore[index]
+    assert policy.tuned[0].per_example
+
+
+def test_fit_without_validation_data_refuses() -> None:
+    model, policy = tuned()
+    with pytest.raises(InputError, match="no validation data"):
+        poise.fit(model, "cross_entropy", data()[0], policy=policy, steps=2)

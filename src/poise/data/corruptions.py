@@ -39,7 +39,9 @@ def corrupt(images: Tensor, name: str, severity: float = 1.0, *, generator: torc
     tensor(16.)
     """
     if name not in CORRUPTIONS:
-        raise InputError(f"There is no corruption {name!r}.{nearest(name, CORRUPTIONS)} There are: {', '.join(CORRUPTIONS)}.")
+        raise InputError(
+            f"There is no corruption {name!r}.{nearest(name, CORRUPTIONS)} There are: {', '.join(CORRUPTIONS)}."
+        )
     if images.ndim != 3 or not images.is_floating_point() or severity < 0:
         raise InputError(
             f"corrupt: images float [n, height, width] and severity >= 0 were expected; got {images.dtype} "

@@ -70,10 +70,17 @@ class BestResponse(nn.Module):
         """Return the plain layer at one `h` [n] (that of the inputs otherwise), detached from this one."""
         raise NotImplementedError
 
+    def effective(self, h: Tensor | None = None) -> Any:
+        """Return the weights and the bias at one `h` [n] (that of the inputs otherwise), with their graph."""
+        raise NotImplementedError
+
+    def acting(self) -> tuple[Tensor, ...]:
+        """Return the matrices or filters that act now, at the first row of the inputs, with their graph."""
+        return (self.effective()[0],)
+
     def _gate_rows(self, h: Tensor | None, response: Tensor) -> Tensor:
         """V h and C h at one h, stacked."""
-        point = (self.inputs.point if h is None else h).to(response)
-        return response @ point
+        return response @ (self.inputs.one() if h is None else h).to(response)
 
 
 class BestResponseLinear(BestResponse):

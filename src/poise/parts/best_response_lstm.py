@@ -148,6 +148,9 @@ class BestResponseLSTM(BestResponse):
             found.append((pair[0], pair[1], bias))
         return found
 
+    def acting(self) -> tuple[Tensor, ...]:
+        return tuple(weight for layer in self.effective() for weight in layer[:2])
+
     def plain(self, h: Tensor | None = None) -> nn.LSTM:
         layer = nn.LSTM(
             self.input_size, self.hidden_size, self.num_layers, self.bias, self.batch_first, self.dropout

@@ -126,6 +126,10 @@ class ActiveResult:
         """Return target error against samples in all."""
         return [(r.samples, r.error) for r in self.rounds]
 
+    def samples_to_reach(self, error: float) -> int | None:
+        """Return the samples of the first epoch whose target error is at most `error`; None where there is none."""
+        return next((r.samples for r in self.rounds if r.error <= error), None)
+
 
 @dataclass
 class _State:

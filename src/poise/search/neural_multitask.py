@@ -217,13 +217,16 @@ class _MultiHead(nn.Module):
 class _OfTask:
     """Offer what a head says about its own samples: a prediction, or the logits of -1 and 1."""
 
-    def __init__(self, output: str) -> None:
-        self.output = output
+    # Both are made of the same number; `fit` need not ask the model how many classes it has, which takes the task to say.
+    output = "prediction"
+
+    def __init__(self, offered: str) -> None:
+        self.offered = offered
 
     def __call__(self, model: ModelView, batch: Quantities, reads: frozenset[str]) -> Quantities:
         def output() -> Tensor:
             z: Tensor = model(batch["input"], batch["task"])
-            return z if self.output == "prediction" else torch.stack([torch.zeros_like(z), z], -1)
+            return z if self.offered == "prediction" else torch.stack([torch.zeros_like(z), z], -1)
 
-        batch.offer(self.output, output)
+        batch.offer(self.offered, output)
         return batch

@@ -188,7 +188,7 @@ def train(
             progress=show,
             checkpoint=folder,
             checkpoint_seconds=CHECKPOINT_SECONDS,
-            callbacks=watch(objective),
+            callbacks=watch(objective, warn=False),
         )
 
     try:

@@ -270,7 +270,8 @@ class SharedBandit:
     def returns(self, agent: nn.Module) -> Tensor:
         """Return the expected payments, float64 [m], exact and differentiable."""
         p = agent.logits().double().softmax(-1)  # type: ignore[operator]
-        return (p[..., None] * self.rewards).sum(1).mean(0)
+        expected: Tensor = (p[..., None] * self.rewards).sum(1).mean(0)
+        return expected
 
 
 class BanditAgent(nn.Module):

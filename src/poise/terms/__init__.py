@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CATALOGUE: dict[str, str] = {
     "absolute_error": "poise.terms.supervised:AbsoluteError",
+    "activation_l2": "poise.terms.tuned_penalties:ActivationL2",
     "anchored": "poise.terms.parameters:AnchoredPenalty",
     "aot": "poise.terms.preference.transport:AOT",
     "apo_down": "poise.terms.preference.margin_losses:APODown",
@@ -66,6 +67,7 @@ CATALOGUE: dict[str, str] = {
     "reference_kl": "poise.terms.regularised_reward:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient.reinforce:Reinforce",
+    "response_l2": "poise.terms.tuned_penalties:ResponseL2",
     "reverse_kl": "poise.terms.divergence:ReverseKL",
     "reward_weighted": "poise.terms.policy_gradient.reward_weighted:RewardWeighted",
     "rloo": "poise.terms.policy_gradient.clipped:RLOO",
@@ -84,6 +86,7 @@ CATALOGUE: dict[str, str] = {
     "symmetric_cross_entropy": "poise.terms.robust:SymmetricCrossEntropy",
     "target_classification": "poise.terms.domain:TargetClassification",
     "tdpo": "poise.terms.preference.tdpo:TDPO",
+    "temporal_activation_l2": "poise.terms.tuned_penalties:TemporalActivationL2",
     "token_kl": "poise.terms.preference.margin:TokenKL",
     "token_reward_regularizer": "poise.terms.preference.treg:TokenRewardRegularizer",
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",

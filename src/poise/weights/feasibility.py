@@ -136,9 +136,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ConstraintCurves:
-    """A callback of `fit` that records violation and multiplier of every constraint, judges them at the end, and warns by name."""
+    """A callback of `fit` that records violation and multiplier of every constraint, judges them at the end, and warns by name.
 
-    def __init__(self) -> None:
+    Args:
+        warn: False where whoever runs it says the finding in their own way.
+    """
+
+    def __init__(self, warn: bool = True) -> None:
+        self.warn = warn
         self._seen: dict[str, list[Tensor]] = {}
 
     def on_step_end(self, state: FitState) -> None:
@@ -165,7 +170,7 @@ class ConstraintCurves:
                 continue
             state.history.add(name, state.step, float(found.feasible))
             state.history.add(f"constraint/{found.label}/final_violation", state.step, found.violation)
-            if found.warning:
+            if self.warn and found.warning:
                 warnings.warn(found.warning, PoiseWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,9 +182,9 @@ class ConstraintCurves:
         self._seen = {label: list(values) for label, values in state.items()}
 
 
-def watch(objective: Objective) -> list[ConstraintCurves]:
+def watch(objective: Objective, warn: bool = True) -> list[ConstraintCurves]:
     """Return the callback that records an objective's constraints, or none where it has no constraint."""
-    return [ConstraintCurves()] if constraints_of(objective) else []
+    return [ConstraintCurves(warn)] if constraints_of(objective) else []
 
 
 class TightenOnValidation:

@@ -36,6 +36,16 @@ __all__ = ["Hyperparameter", "HyperparameterWeight", "check_names"]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\Z")
 
 
+class _Live:
+    """What changes at every step, outside `nn.Module`, whose assignments are slow."""
+
+    __slots__ = ("current", "used")
+
+    def __init__(self) -> None:
+        self.current: Tensor | None = None
+        self.used = False
+
+
 class Hyperparameter(nn.Module):
     """One tuned number, held in its range.
 
@@ -80,8 +90,16 @@ class Hyperparameter(nn.Module):
         self._check()
         self._top = self.high + 1 if discrete else self.high
         self.register_buffer("raw", self.unconstrain(self.start))
-        self._current: Tensor | None = None
-        self.used = False
+        self._live = _Live()
+
+    @property
+    def used(self) -> bool:
+        """Whether somebody has read it since a policy said `used = False`."""
+        return self._live.used
+
+    @used.setter
+    def used(self, value: bool) -> None:
+        self._live.used = value
 
     def _check(self) -> None:
         what = f"Hyperparameter {self.name!r}"
@@ -216,7 +234,7 @@ class Hyperparameter(nn.Module):
                 f"Hyperparameter {self.name!r} is shared by the examples of a batch (per_example=False), and it was given "
                 f"{describe(current)}."
             )
-        self._current = current
+        self._live.current = current
 
     def read(self, like: Tensor | None = None, axis: int = 0) -> Tensor:
         """Return the value in use, 0-dim or one for each example, shaped to broadcast.
@@ -228,8 +246,9 @@ class Hyperparameter(nn.Module):
         Raises:
             InputError: other examples than those for which values were placed.
         """
-        self.used = True
-        value = self.constrain(self.raw if self._current is None else self._current)
+        live = self._live
+        live.used = True
+        value = self.constrain(self.raw if live.current is None else live.current)
         if like is None:
             return value
         value = value.to(like.device, like.dtype if like.is_floating_point() else None)
@@ -255,7 +274,7 @@ class Hyperparameter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is placed belongs to the running step, and may hang on a graph.
-        return {**self.__dict__, "_current": None}
+        return {**self.__dict__, "_live": _Live()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hyperparameter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

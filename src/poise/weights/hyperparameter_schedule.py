@@ -105,6 +105,7 @@ class _Path(nn.Module):
     """A policy that sets hyperparameters by the step alone."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    tunes_hyperparameters: ClassVar[bool] = True
 
     def __init__(self, hypers: Iterable[Hyperparameter]) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class _Path(nn.Module):
     def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
         """Set the hyperparameters of this step, and return those that are weights of terms."""
         self._set(signals.step)
-        return {h.name: h.read() for h in self.hypers if h.name in getattr(signals, "names", ())}  # type: ignore[misc, operator]
+        return {h.name: h.read() for h in self.hypers if isinstance(h, Hyperparameter) and h.name in signals.names}
 
     def advance(self, signals: Signals) -> None:
         """Nothing moves by itself."""

@@ -30,12 +30,17 @@ METHODS: dict[str, dict[str, str]] = {
         "upgrad": "pareto.upgrad:UPGrad",
     },
     "bilevel": {
-        "cg": "bilevel.online:OnlineBilevel",
-        "neumann": "bilevel.online:OnlineBilevel",
-        "one_step": "bilevel.online:OnlineBilevel",
+        "bo_rep": "bilevel.driven:bo_rep",
+        "cg": "bilevel.online:cg",
+        "hoag": "bilevel.driven:hoag",
+        "maid": "bilevel.driven:maid",
+        "neumann": "bilevel.online:neumann",
+        "one_step": "bilevel.online:one_step",
+        "penalty": "bilevel.driven:penalty",
+        "self_tuning": "bilevel.self_tuning:SelfTuning",
     },
 }
-"""By policy, every method and its class within `poise.weights`; the class takes what is written behind the name as arguments."""
+"""By policy, every method and what makes it within `poise.weights`, called with what is written behind the name."""
 DEFAULTS = {"pareto": "upgrad", "bilevel": "one_step"}
 """The method of a policy where none is named."""
 POLICIES = ("search", *METHODS)
@@ -65,7 +70,8 @@ def make_policy(policy: str, method: str | None = None) -> Any:
 
     Args:
         policy: "pareto" or "bilevel".
-        method: one of its methods, alone or with arguments as in `"cagrad(c=0.4)"`; None for the default.
+        method: one of its methods, alone or with arguments as in `"cagrad(c=0.4)"`; None for the default. A balancer also takes
+            `on='trunk'`: the submodule on whose output gradients are weighed.
 
     Raises:
         InputError: the policy or the method does not exist.
@@ -77,11 +83,12 @@ def make_policy(policy: str, method: str | None = None) -> Any:
     name, arguments = parse_call(text, known, "method", f"{DEFAULTS[policy]}")
     module, _, attribute = known[name].partition(":")
     made = getattr(importlib.import_module(f"poise.weights.{module}"), attribute)
+    features = arguments.pop("on", None) if policy == "pareto" else None
     try:
-        # A class that stands for several methods is told which one.
-        return made(method=name, **arguments) if attribute == "OnlineBilevel" else made(**arguments)
+        found = made(**arguments)
     except TypeError as error:
         raise InputError(f"{text}: {error}.") from None
+    return found if features is None else found.on(features)
 
 
 def find_policy(text: str) -> Any:

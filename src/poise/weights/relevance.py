@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.errors import InputError, PoiseWarning
-from poise.weights.allocation import largest_remainder, water_fill
+from poise.weights.allocation import largest_remainder, optimal_counts, water_fill
 from poise.weights.basis_pursuit import LassoPath, Pursuit, basis_pursuit, lasso, lasso_path
 from poise.weights.relevance_report import RelevanceReport, relevance_report
 
@@ -252,6 +252,9 @@ class LassoRelevance:
             )
             shares = used.astype(np.float64)
         amounts = water_fill(shares, budget, floor, cap, None if self.costs is None else costs)
+        if self.costs is None and self.p == 1 and (nu != 0).any() and bool((amounts >= cap)[nu != 0].all()):
+            # All that is relevant is used up: what is left goes where it lowers the risk most.
+            amounts = _next_best(w, nu, budget, floor, cap)
         if self.costs is None:
             return torch.from_numpy(largest_remainder(amounts, int(budget)))
         return torch.from_numpy(_affordable(amounts, costs, budget, cap))
@@ -271,45 +274,40 @@ class LassoRelevance:
     def _few_tasks(self, nu: Array, budget: float, costs: Array, opening: Array) -> Array:
         """Choose the tasks to open: `min (sum sqrt(c)|nu|)^2 / (budget - openings)` over supports that span the target as well.
 
-        The candidates are the relevance itself, what it becomes when tasks that are little used grow dearer, and each of these
-        with tasks taken out one by one for as long as that pays.
+        The candidates are the relevance itself, what it becomes when tasks that are little used grow dearer, and what exchanges of
+        one task for another make of each for as long as that pays. A heuristic: the problem is combinatorial.
         """
         w, goal = self._fitted()
         root = np.sqrt(costs)
 
-        def solve(among: NDArray[np.int64], weights: Array) -> Array | None:
+        def solve(weights: Array) -> Array | None:
             try:
-                found = _pursue(w[:, among] / weights[among], goal, 0.0 if self.used_lam == 0 else self.used_lam)
+                found = _pursue(w / weights, goal, self.used_lam)
             except InputError:
                 return None
             if found.residual > max(2 * self.residual, 1e-7 * float(np.linalg.norm(goal))):
                 return None
-            full = np.zeros(len(nu))
-            full[among] = found.coefficients / weights[among]
-            return full
+            return found.coefficients / weights
 
         def value(candidate: Array) -> float:
             left = budget - float(opening[candidate != 0].sum())
             return math.inf if left <= 0 else float(root @ np.abs(candidate)) ** 2 / left
 
         best, worth = nu, value(nu)
-        everything = np.arange(len(nu), dtype=np.int64)
-        current = nu
+        current, candidates = nu, [nu]
         for _ in range(8):
             dear = root + opening / max(budget, 1e-12) / np.maximum(np.abs(current), 1e-3 * np.abs(current).max())
-            found = solve(everything, dear)
+            found = solve(dear)
             if found is None:
                 break
             current = found
-            best, worth = min(((best, worth), (current, value(current))), key=lambda pair: pair[1])
-        improved = True
-        while improved:
-            improved = False
-            for task in np.flatnonzero(best):
-                found = solve(everything[(everything != task) & (best != 0)], root)
-                if found is not None and value(found) < worth:
-                    best, worth, improved = found, value(found), True
-                    break
+            if value(current) < worth:
+                best, worth = current, value(current)
+            candidates.append(current)
+        # What each candidate says of the target is kept, and bought by fewer or cheaper tasks.
+        for found in [_exchange(w, start, root, opening, budget) for start in candidates]:
+            if value(found) < worth:
+                best, worth = found, value(found)
         if not math.isfinite(worth):
             raise InputError(
                 f"LassoRelevance: opening the {int((nu != 0).sum())} tasks that are needed costs more than the budget of {budget:g}."
@@ -352,6 +350,38 @@ def _pursue(columns: Array, target: Array, lam: float) -> Pursuit:
     return basis_pursuit(columns, target) if lam == 0 else lasso(columns, target, lam)
 
 
+def _exchange(w: Array, nu: Array, root: Array, opening: Array, budget: float) -> Array:
+    """Exchange one used task for an unused one, or give one up, for as long as `(sum sqrt(c)|nu|)^2 / (budget - openings)` falls.
+
+    With B = W_S^+ W the target stays the same where nu_j enters and nu_S becomes nu_S - B_j nu_j; nu_j = nu_t / B_tj takes t out.
+    All exchanges are valued at once.
+    """
+    nu = nu.copy()
+    for _ in range(100):
+        used = np.flatnonzero(nu)
+        if not len(used) or len(used) ** 2 * len(nu) > 2e7:  # all exchanges at once would not fit in memory
+            break
+        own = w[:, used]
+        paths = np.linalg.pinv(own) @ w
+        spanned = np.linalg.norm(own @ paths - w, axis=0) <= 1e-8 * np.linalg.norm(w, axis=0)
+        left = budget - (float(opening[used].sum()) - opening[used][:, None] + opening[None])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            enter = nu[used][:, None] / paths
+            remaining = nu[used][:, None, None] - paths[:, None] * enter[None]
+            size = (root[used][:, None, None] * np.abs(remaining)).sum(0) + root * np.abs(enter)
+            worth = np.where((left > 0) & spanned & (nu == 0) & (np.abs(paths) > 1e-8), size**2 / left, np.inf)
+        rest = budget - float(opening[used].sum())
+        now = float(root @ np.abs(nu)) ** 2 / rest if rest > 0 else math.inf
+        place, other = np.unravel_index(int(np.nanargmin(worth)), worth.shape)
+        if not worth[place, other] < now * (1 - 1e-12):
+            break
+        nu[used] = remaining[:, place, other]
+        nu[used[place]] = 0.0
+        nu[other] = enter[place, other]
+        nu[np.abs(nu) < 1e-12 * np.abs(nu).max()] = 0.0
+    return nu
+
+
 def _refit(w: Array, goal: Array, nu: Array, keep: int) -> Array:
     """The k largest |nu|, and nu anew on these by least squares."""
     largest = np.argsort(-np.abs(nu), kind="stable")[:keep]
@@ -377,6 +407,15 @@ def _discrepancy(w: Array, goal: Array, allowed: float) -> float:
     a, b, c = float(move @ move), 2 * float(move @ rests[after - 1]), squares[after - 1] - allowed
     share = (-b - math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
     return float(path.lams[after - 1] + share * (path.lams[after] - path.lams[after - 1]))
+
+
+def _next_best(w: Array, nu: Array, budget: float, floor: Array, cap: Array) -> Array:
+    """The best counts where caps bind: other tasks take over the part of those that are used up."""
+    goal = torch.from_numpy(w @ nu)
+    found = optimal_counts(
+        torch.from_numpy(w), goal, budget, torch.from_numpy(floor), torch.from_numpy(cap), rounds=200
+    )
+    return np.asarray(found.numpy())
 
 
 def _affordable(amounts: Array, costs: Array, budget: float, cap: Array) -> NDArray[np.int64]:

@@ -285,7 +285,7 @@ def test_schedules_follow_their_formulas() -> None:
     for k in range(20):
         sigma, power = reciprocal.after(sigma, k, 0.0), powers.after(power, k, 0.0)
     assert sigma == 0.2
-    assert 1 / power == pytest.approx(1 + sum(0.1 * (k + 1) ** (-1 / 7) for k in range(20)))
+    assert 1 / power == pytest.approx(1 + sum(0.1 * (k + 1) ** (-6 / 7) for k in range(20)))
     assert ConstantSigma(0.3).after(0.3, 5, 0.0) == 0.3
 
 

@@ -147,7 +147,14 @@ class _Sweep:
     """One solution: the state of the iteration over the samples that are not done."""
 
     def __init__(
-        self, solver: AcceleratedGradient, x: Tensors, theta: Tensors, batch: Any, rows: Tensor, mu: Tensor, smooth: Tensor
+        self,
+        solver: AcceleratedGradient,
+        x: Tensors,
+        theta: Tensors,
+        batch: Any,
+        rows: Tensor,
+        mu: Tensor,
+        smooth: Tensor,
     ) -> None:
         self.solver, self.theta, self.batch, self.form = solver, theta, batch, x
         self.best, self.sizes = rows.clone(), torch.full_like(rows[:, 0], math.inf)
@@ -246,7 +253,7 @@ class _Sweep:
         if not bool(low.any()):
             return False
         raised = torch.where(low, 1.05 * ratio, self._left(self.smooth))
-        if float(raised.max()) > 1e7 * self.solver._first_smoothness:
+        if float(raised.max()) > 1e5 * self.solver._first_smoothness:
             raise InputError(
                 "The lower objective does not look smooth: its gradient changes by "
                 f"{float(raised.max()):.3g} times the distance. Smooth its kinks (sqrt(u^2 + nu^2) in place of |u|)."

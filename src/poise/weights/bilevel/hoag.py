@@ -93,7 +93,9 @@ class HOAG:
         if schedule not in ("geometric", "quadratic", "cubic"):
             raise InputError(f"HOAG: schedule must be 'geometric', 'quadratic' or 'cubic'; it is {schedule!r}.")
         if tolerance <= 0 or not 0 < factor < 1:
-            raise InputError(f"HOAG: tolerance must be positive and factor in (0, 1); they are {tolerance} and {factor}.")
+            raise InputError(
+                f"HOAG: tolerance must be positive and factor in (0, 1); they are {tolerance} and {factor}."
+            )
         if not bounds[0] < bounds[1]:
             raise InputError(f"HOAG: bounds must be (low, high) with low < high; they are {bounds}.")
         if lipschitz is not None and lipschitz <= 0:
@@ -119,7 +121,7 @@ class HOAG:
         if self.schedule == "geometric":
             return max(self.first_tolerance * self.factor**k, LEAST)
         power = 2 if self.schedule == "quadratic" else 3
-        return max(self.first_tolerance / max(k, 1) ** power, LEAST)
+        return max(self.first_tolerance / float(max(k, 1) ** power), LEAST)
 
     def run(self, max_outer: int | None = None, budget: int | None = None) -> HOAGStep:
         """Make outer steps until so many are made or the budget of lower work is spent; return the last one."""
@@ -154,9 +156,7 @@ class HOAG:
         if self.adaptive:
             self._adapt(value, float(norm(shifted(self.theta, -1, before))), tolerance)
         self._value_before, self._tolerance_before = value, tolerance
-        made = HOAGStep(
-            len(self.trace) + 1, value, tolerance, alpha, size, found.iterations, self.counters.lower_work
-        )
+        made = HOAGStep(len(self.trace) + 1, value, tolerance, alpha, size, found.iterations, self.counters.lower_work)
         self.trace.append(made)
         return made
 

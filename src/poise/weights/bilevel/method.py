@@ -16,11 +16,11 @@ from typing import Any, ClassVar, TypeVar
 from warnings import warn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWarning
 from poise.operators import ConvexSet
-from poise.weights.bilevel.levels import Levels, Tensors, detached, leaves
+from poise.weights.bilevel.levels import Levels, Linearised, Tensors, detached, leaves
 from poise.weights.bilevel.projected import project, sets_of
 
 Batches = Callable[[int], tuple[Any, Any]]
@@ -143,10 +143,10 @@ class BilevelMethod:
                     raise InputError(
                         f"{own}: {name} must begin with finite floating-point numbers, and {list(t.shape)} does not."
                     )
-        shared = {id(t) for t in x} & {id(t) for t in theta}
+        shared = {id(t) for t in x if isinstance(t, nn.Parameter)} & {id(t) for t in theta}
         if shared:
             raise InputError(
-                f"{own}: {len(shared)} tensor(s) stand in x and in theta; a variable belongs to one level."
+                f"{own}: {len(shared)} parameter(s) stand in x and in theta; a variable belongs to one level."
             )
 
     def check(self, lower_batch: Any = None, upper_batch: Any = None) -> None:
@@ -238,13 +238,38 @@ def zeros_like(tensors: Sequence[Tensor]) -> Tensors:
     return tuple(torch.zeros_like(t) for t in detached(tensors))
 
 
-def twice_differentiable(error: RuntimeError, method: str) -> IncompatibleError:
+def twice_differentiable(reason: str, method: str) -> IncompatibleError:
     """Return the error that says which operation of the lower objective has no second derivative."""
     return IncompatibleError(
-        f"{method}: the lower objective cannot be differentiated twice: {str(error).splitlines()[0]} Replace that operation, "
-        "or use a method without second derivatives (PenaltyBilevel). For recurrent layers on a GPU, switch cuDNN off."
+        f"{method}: the lower objective cannot be differentiated twice: {reason}. Replace that operation, or use a method without "
+        "second derivatives (PenaltyBilevel). For recurrent layers on a GPU, switch cuDNN off."
     )
+
+
+def refuse_first_order(second: Linearised, method: str) -> None:
+    """Raise where the lower gradient passes through an operation that is differentiable once.
+
+    PyTorch marks its place in the graph, but `torch.autograd.grad` goes round it without a word: the products would be 0.
+
+    Raises:
+        IncompatibleError: such an operation.
+    """
+    waiting = [g.grad_fn for g in second._gradient if g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().rpartition("::")[2] == "Error":
+            raise twice_differentiable("a function of its own is marked as once_differentiable", method)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
+
+
+def rate_at(rate: float | Callable[[int], float], step: int) -> float:
+    """Return a step size at an outer step: a number, or a function of the step."""
+    return rate(step) if callable(rate) else rate

@@ -180,3 +180,18 @@ def _conjugate_gradients(hessian: Any, towards: Vector, damping: float, iteratio
 
 def _dot(left: Vector, right: Vector) -> float:
     return float(sum((float((v * right[name]).sum()) for name, v in left.items()), start=0.0))
+
+
+def one_step(**options: Any) -> OnlineBilevel:
+    """Move weights down the validation objective as the last optimiser step saw it: the cheapest, and the default of `bilevel`."""
+    return OnlineBilevel("one_step", **options)
+
+
+def neumann(**options: Any) -> OnlineBilevel:
+    """Move weights down the validation objective through the last few steps: a truncated series for the inverse Hessian."""
+    return OnlineBilevel("neumann", **options)
+
+
+def cg(**options: Any) -> OnlineBilevel:
+    """Move weights down the validation objective as if training had ended: conjugate gradients for the inverse Hessian."""
+    return OnlineBilevel("cg", **options)

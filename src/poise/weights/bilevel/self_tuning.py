@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from poise import processes
+from poise.coefficient import leaves_of
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.quantities import derive
 from poise.response_input import ResponseInput, response_input_of
 from poise.weights.bilevel.response_step import ResponseStep
-from poise.weights.hyperparameter import Hyperparameter, check_names
+from poise.weights.hyperparameter import Hyperparameter, HyperparameterWeight, check_names
 from poise.weights.hyperparameter_schedule import HyperparameterSchedule
+from poise.weights.owned import OwnedWeight
 
 if TYPE_CHECKING:
     from poise.problem import Problem, Signals
@@ -141,6 +143,8 @@ class SelfTuning(nn.Module):
         self._best: BestRecord | None = None
         self._response = ResponseStep(response_lr)
         self._examined, self._made = False, frozenset[str]()
+        self._tuned: tuple[Hyperparameter, ...] = ()
+        self._gates: list[tuple[nn.Module, ResponseInput]] = []
         given = tuple(hypers)
         if given:
             self._take(check_names(given, "SelfTuning"))
@@ -181,7 +185,9 @@ class SelfTuning(nn.Module):
     @property
     def tuned(self) -> tuple[Hyperparameter, ...]:
         """The hyperparameters, in the order of the gates."""
-        return tuple(hyper for hyper in self.hypers if isinstance(hyper, Hyperparameter))
+        if len(self._tuned) != len(self.hypers):
+            self._tuned = tuple(hyper for hyper in self.hypers if isinstance(hyper, Hyperparameter))
+        return self._tuned
 
     @property
     def raw(self) -> Tensor:
@@ -236,7 +242,7 @@ class SelfTuning(nn.Module):
     def weights(self, signals: Signals) -> dict[str, float | Tensor]:
         """Draw the perturbations of this step, put them where gates, noise and terms read them, and return the tuned weights."""
         problem = signals.problem
-        inputs = response_input_of(problem.model)
+        inputs = self._inputs(problem.model)
         if not self._examined:
             self._examine(signals, inputs)
         if not self._log["steps"]:
@@ -249,7 +255,7 @@ class SelfTuning(nn.Module):
 
     def advance(self, signals: Signals) -> None:
         """Take the perturbations away; under "delta" teach the answering weights; and where it is due make validation steps."""
-        inputs = response_input_of(signals.problem.model)
+        inputs = self._inputs(signals.problem.model)
         self._clear(inputs)
         self._refuse_unused()
         if self.variant == "delta":
@@ -270,7 +276,7 @@ class SelfTuning(nn.Module):
 
     def discard(self, signals: Signals) -> None:
         """Take the perturbations of a step away that was not taken."""
-        self._clear(response_input_of(signals.problem.model))
+        self._clear(self._inputs(signals.problem.model))
 
     def hypergradient(self, validation: Problem, step: int = 0, number: int = 0) -> tuple[float, Tensor, Tensor]:
         """Return the validation loss, and the gradients of `L_V - tau H` in h and in the scales' free variables, float64 [n].
@@ -287,7 +293,7 @@ class SelfTuning(nn.Module):
         """
         raw = self.raw.requires_grad_()
         free = self.free_scale.detach().clone().requires_grad_()
-        inputs = response_input_of(validation.model)
+        inputs = self._inputs(validation.model)
         with torch.enable_grad():
             scale = functional.softplus(free)
             rows = self._rows(validation, raw, scale, step, f"valid {number}") if self.learn_scale else raw
@@ -313,6 +319,12 @@ class SelfTuning(nn.Module):
             found = torch.autograd.grad(total, (raw, free), allow_unused=True)
         gradients = [torch.zeros_like(raw) if g is None else processes.sum_across(g) for g in found]
         return float(processes.sum_across(loss.detach())), gradients[0], gradients[1]
+
+    def _inputs(self, model: nn.Module) -> ResponseInput:
+        """Return the inputs of a model's gates, looked for once."""
+        if not self._gates or self._gates[0][0] is not model:
+            self._gates = [(model, response_input_of(model))]
+        return self._gates[0][1]
 
     def _rows(self, problem: Problem, raw: Tensor, scale: Tensor, step: int, what: str) -> Tensor:
         """h_i = h + sigma e_i, [batch, n]; what examples share has one e for the batch."""
@@ -347,9 +359,29 @@ class SelfTuning(nn.Module):
         rows = self._rows(signals.problem, raw, functional.softplus(self.free_scale), signals.step, "train")
         self._place(rows)
         try:
-            self._response(signals.problem, inputs, rows - raw, signals.lr)
+            with self._weighing(signals):
+                self._response(signals.problem, inputs, rows - raw, signals.lr)
         finally:
             self._clear(inputs)
+
+    @contextmanager
+    def _weighing(self, signals: Signals) -> Iterator[None]:
+        """Let the weights that this policy owns have the values that are placed, one for each example."""
+        tuned = {hyper.name: hyper for hyper in self.tuned if hyper.name in signals.names}
+        owned = [
+            leaf
+            for entry in signals.problem.objective._entries
+            for leaf in leaves_of(entry.weight)
+            if isinstance(leaf, OwnedWeight) and leaf.name in tuned
+        ]
+        before = [leaf.current for leaf in owned]
+        for leaf in owned:
+            leaf.current = tuned[leaf.name].read()
+        try:
+            yield
+        finally:
+            for leaf, current in zip(owned, before, strict=True):
+                leaf.current = current
 
     def _move(self, of_raw: Tensor, of_scale: Tensor) -> None:
         """Adam on h and, where they are learned, on the scales."""
@@ -401,9 +433,6 @@ class SelfTuning(nn.Module):
 
     def _settle_weights(self, signals: Signals) -> None:
         """A weight before a term with one value is one number; under "delta" a term must speak through the model's outputs."""
-        from poise.coefficient import leaves_of
-        from poise.weights.hyperparameter import HyperparameterWeight
-
         entries = {e.label: e for e in signals.problem.objective._entries}
         weighed: dict[str, list[str]] = {
             name: list(getattr(signals, "rows", {}).get(name, ())) for name in signals.names
@@ -435,6 +464,10 @@ class SelfTuning(nn.Module):
             )
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has hyperparameters of its own, and finds the gates of the model that it is used on.
+        return {**self.__dict__, "_gates": [], "_tuned": ()}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the log, the best record and the momentum of the answering weights."""

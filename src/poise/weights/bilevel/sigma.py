@@ -7,7 +7,7 @@
 
 A penalised gradient is off by the order of sigma, so that there is nothing to gain from a smaller sigma while its gradient is larger
 than that: the adaptive schedule is the one that needs no length of a run. Source: arXiv:2309.01753, section 4; arXiv:2301.10945
-(power, with exponent 1/7 and rate 0.1).
+(power).
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class ReciprocalSigma(SigmaSchedule):
 
 @dataclass(frozen=True)
 class PowerSigma(SigmaSchedule):
-    """`1/sigma_{k+1} = 1/sigma_k + rate (k + 1)^-exponent`, the schedule of F2SA."""
+    """`1/sigma_{k+1} = 1/sigma_k + rate (k + 1)^-exponent`, the schedule of F2SA: `1/sigma` grows like `k^(1 - exponent)`."""
 
     rate: float = 0.1
-    exponent: float = 1 / 7
+    exponent: float = 6 / 7
 
     def _next(self, sigma: float, step: int, gradient_norm: float) -> float:
         return float(1 / (1 / sigma + self.rate * (step + 1) ** -self.exponent))
