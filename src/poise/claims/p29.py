@@ -5,8 +5,8 @@ collections. MLP 64-128-64-10, 64 + 64 examples a step, 300 steps of SGD (0.05, 
 reversal warms up over 10 steps, the authors' share of a run (1,000 of 30,000).
 
 The judged branch is dominance, the one that the authors' released code always runs. Every weight acts on what the three objectives
-share, which here includes the head, as in the reference study; `--full` also leaves the head to the labels, and runs the ablations,
-a grid of fixed weights and other balancers.
+share, which here includes the head; `--full` also leaves the head to the labels, as the authors do, and runs the ablations, CDAN and
+MDD, a grid of fixed weights and other balancers.
 """
 
 from __future__ import annotations
