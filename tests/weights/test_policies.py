@@ -397,7 +397,7 @@ def test_maid_refuses_batches_that_differ_and_a_lower_level_that_is_not_strongly
     x, y, xv, yv = ridge()
     valid = {"input": xv, "target": yv}
     maid = 'auto(policy="bilevel", method="maid")'
-    with pytest.raises(InputError, match="MAID needs strong_convexity"):
+    with pytest.raises(InputError, match="maid needs a lower bound of the curvature"):
         poise.fit(
             nn.Linear(6, 1).double(),
             f"squared_error + {maid}*l2",

@@ -39,6 +39,7 @@ _HOME = {
     "PerSampleWeight": "per_sample",
     "PreferenceGradientWeight": "preference_gradient",
     "RelevanceReport": "relevance_report",
+    "SourceRelevance": "source_weights",
     "SourceWeights": "source_weights",
     "efficiency": "allocation",
     "optimal_counts": "allocation",
