@@ -210,3 +210,17 @@ def test_weights_in_two_kinds_of_places_are_refused() -> None:
     formula = inside("rloo", ("a", "b")) + " + auto('k')*confidence_penalty.on(logits='response_logits')"
     with pytest.raises(InputError, match="put all in one place"):
         train(formula, GradientInfluence())
+
+
+def test_a_formula_alone_says_which_rule_sets_the_weights() -> None:
+    influence = """auto(policy="pareto", method="influence(mu=0.05)")*"""
+    run = train(" + ".join(influence + term for term in apart("rloo", BANDIT.names).split(" + ")))
+    assert sum(run.weights.values()) == pytest.approx(1.0)
+    assert run.weights == pytest.approx(train(apart("rloo", BANDIT.names), GradientInfluence(mu=0.05)).weights)
+    guided = """auto(policy="pareto", method="hypervolume(directions='a, b, -c', temperature=0.001)")*"""
+    run = train(guided + together("rloo", BANDIT.names), evaluate=evaluate, validate_every=1)
+    assert 0.5 <= run.weights["rloo"] <= 2.0
+    inside_ = inside("rloo").replace("auto('a')", "auto('a', policy='pareto', method='influence(mu=0.05)')")
+    inside_ = inside_.replace("auto('b')", "auto('b', policy='pareto', method='influence(mu=0.05)')")
+    inside_ = inside_.replace("auto('c')", "auto('c', policy='pareto', method='influence(mu=0.05)')")
+    assert sum(train(inside_).weights.values()) == pytest.approx(1.0)
