@@ -117,7 +117,9 @@ def foe_denoising(
         seed: of the noise and of the first kernels, which have mean 0.
     """
     if filters < 1 or not 1 < kernel <= size:
-        raise InputError(f"foe_denoising: filters >= 1 and 1 < kernel <= size are needed; they are {filters}, {kernel}.")
+        raise InputError(
+            f"foe_denoising: filters >= 1 and 1 < kernel <= size are needed; they are {filters}, {kernel}."
+        )
     clean, noisy = _pairs(corners, size, noise, seed)
     generator = torch.Generator().manual_seed(derive(seed, "kernels"))
     first = torch.randn(filters, 1, kernel, kernel, generator=generator, dtype=torch.float64) / kernel
@@ -137,7 +139,9 @@ def foe_denoising(
         first,
     )
     return BilevelTask(
-        Levels(lower, _squared_error(clean), names=("log weight", "log weights of experts", "log smoothings", "kernels")),
+        Levels(
+            lower, _squared_error(clean), names=("log weight", "log weights of experts", "log smoothings", "kernels")
+        ),
         theta,
         (noisy.clone(),),
         {"strong_convexity": 1.0, "upper_lipschitz": 1 / len(clean), "samples": True},
