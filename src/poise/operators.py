@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from poise.errors import InputError
 
 
 def project_on_line(point: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,3 +53,158 @@ def rescaled(x: Tensor, mask: Tensor) -> Tensor:
     flat = ~(span > 0)
     found = torch.where(flat, 1.0, (x - least) / torch.where(flat, 1.0, span))
     return torch.where(mask, found, 0.0)
+
+
+# ---- closed convex sets -------------------------------------------------------------------------------------------------
+
+
+class ConvexSet:
+    """A closed convex set C of tensors, known by its projection.
+
+        project(p) = argmin over c in C of ||c - p||      (the proximal map of the set's indicator, for every step)
+
+    A set says three more things: whether a point belongs to it, how the projection changes along a direction, and which of
+    its constraints hold with equality at a point, as a function of the point.
+    """
+
+    def project(self, point: Tensor) -> Tensor:
+        """Return the nearest point of the set."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it projects")
+
+    def derivative(self, point: Tensor, direction: Tensor) -> Tensor:
+        """Return the directional derivative of the projection at a point where it is differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its projection changes")
+
+    def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
+        """Return `q(point) -> [m]`, the constraints that hold with equality there, or None where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} must say which of its constraints are active")
+
+    def contains(self, point: Tensor, tolerance: float = 1e-8) -> bool:
+        """Return whether a point is in the set, up to a distance."""
+        return bool((self.project(point) - point).norm() <= tolerance)
+
+    def value(self, point: Tensor) -> Tensor:
+        """Return the indicator: 0 in the set, infinite outside; 0-dim."""
+        return point.new_tensor(0.0 if self.contains(point) else torch.inf)
+
+    def prox(self, point: Tensor, step: float = 1.0) -> Tensor:
+        """Return the proximal map of the indicator: the projection, whatever the step."""
+        return self.project(point)
+
+
+@dataclass(frozen=True, eq=False)
+class Box(ConvexSet):
+    """Every entry in `[lower, upper]`; bounds are numbers or tensors that broadcast, and may be infinite.
+
+    >>> Box(-1, 1).project(torch.tensor([-3.0, 0.5]))
+    tensor([-1.0000,  0.5000])
+    """
+
+    lower: float | Tensor = -torch.inf
+    upper: float | Tensor = torch.inf
+
+    def __post_init__(self) -> None:
+        if not bool((torch.as_tensor(self.lower) <= torch.as_tensor(self.upper)).all()):
+            raise InputError(f"Box: lower must not exceed upper, and the bounds are {self.lower} and {self.upper}.")
+
+    def project(self, point: Tensor) -> Tensor:
+        lower, upper = self._bounds(point)
+        return torch.minimum(torch.maximum(point, lower), upper)
+
+    def derivative(self, point: Tensor, direction: Tensor) -> Tensor:
+        lower, upper = self._bounds(point)
+        return torch.where((point > lower) & (point < upper), direction, 0.0)
+
+    def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
+        lower, upper = (b.expand_as(point).flatten() for b in self._bounds(point))
+        low, high = point.flatten() <= lower + tolerance, point.flatten() >= upper - tolerance
+        high = high & ~low  # where both bounds coincide, one equation says it
+        if not bool((low | high).any()):
+            return None
+        return lambda p: torch.cat([lower[low] - p.flatten()[low], p.flatten()[high] - upper[high]])
+
+    def _bounds(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.as_tensor(b, dtype=point.dtype, device=point.device) for b in (self.lower, self.upper))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class NonNegative(Box):
+    """No entry below 0.
+
+    >>> NonNegative().project(torch.tensor([-3.0, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
+
+    lower: float | Tensor = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Ball(ConvexSet):
+    """All tensors within a Euclidean distance `radius` of `center`.
+
+    >>> Ball(1.0).project(torch.tensor([3.0, 4.0]))
+    tensor([0.6000, 0.8000])
+    """
+
+    radius: float
+    center: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise InputError(f"Ball: radius must be positive, and it is {self.radius}.")
+
+    def project(self, point: Tensor) -> Tensor:
+        away = point - self.center
+        foot: Tensor = self.center + away * (self.radius / away.norm().clamp_min(self.radius))
+        return foot
+
+    def derivative(self, point: Tensor, direction: Tensor) -> Tensor:
+        away = point - self.center
+        length = away.norm()
+        if length <= self.radius:
+            return direction
+        normal = away / length
+        tangent: Tensor = direction - normal * (normal * direction).sum()
+        moved: Tensor = tangent * (self.radius / length)
+        return moved
+
+    def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
+        if (point - self.center).norm() < self.radius - tolerance:
+            return None
+        return lambda p: (((p - self.center).square().sum() - self.radius**2) / 2)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Simplex(ConvexSet):
+    """Rows (the last dimension) without negative entries that add up to `total`.
+
+    project(p) = max(p - threshold, 0),   threshold such that the row adds up to `total`
+
+    >>> Simplex().project(torch.tensor([1.0, 0.6, -2.0]))
+    tensor([0.7000, 0.3000, 0.0000])
+
+    Source: Held, Wolfe and Crowder (1974).
+    """
+
+    total: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.total > 0:
+            raise InputError(f"Simplex: total must be positive, and it is {self.total}.")
+
+    def project(self, point: Tensor) -> Tensor:
+        falling = point.sort(-1, descending=True).values
+        excess = falling.cumsum(-1) - self.total
+        place = torch.arange(1, point.shape[-1] + 1, device=point.device)
+        kept = (falling * place > excess).sum(-1, keepdim=True)
+        threshold = excess.gather(-1, kept - 1) / kept
+        return (point - threshold).clamp_min(0)
+
+    def derivative(self, point: Tensor, direction: Tensor) -> Tensor:
+        support = self.project(point) > 0
+        inside = torch.where(support, direction, 0.0)
+        return torch.where(support, inside - inside.sum(-1, keepdim=True) / support.sum(-1, keepdim=True), 0.0)
+
+    def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
+        zero = point <= tolerance
+        return lambda p: torch.cat([(p.sum(-1) - self.total).reshape(-1), -p[zero]])
