@@ -17,8 +17,6 @@ _HOME = {
     "Differences": "hypergradient",
     "F2SA": "first_order",
     "AcceleratedGradient": "accelerated",
-    "Counters": "levels",
-    "Differences": "hypergradient",
     "ErrorBound": "error_bound",
     "HOAG": "hoag",
     "HOAGStep": "hoag",
