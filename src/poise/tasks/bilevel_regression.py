@@ -41,7 +41,8 @@ def quadratic(seed: int = 0, largest: float = 3.0, rows: int = 200, d: int = 10)
 
     def matrix() -> Tensor:
         columns, _ = torch.linalg.qr(torch.randn(rows, d, generator=generator, dtype=torch.float64))
-        return columns * torch.linspace(1, largest, d, dtype=torch.float64)
+        scaled: Tensor = columns * torch.linspace(1, largest, d, dtype=torch.float64)
+        return scaled
 
     def vector(size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)
