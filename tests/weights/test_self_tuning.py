@@ -20,6 +20,8 @@ from poise.readouts.supervised import Classification, Regression
 from poise.response_input import response_input_of
 from poise.terms import L2, ConfidencePenalty, CrossEntropy, SquaredError
 from poise.weights import Hyperparameter, ReplayedHyperparameters
+from poise.weights.bilevel.hypergradient import ImplicitHypergradient
+from poise.weights.bilevel.levels import Levels
 from poise.weights.bilevel.response_step import linearised_outputs
 from poise.weights.bilevel.self_tuning import SelfTuning, perturbation_entropy
 
@@ -147,6 +149,12 @@ def test_as_the_perturbation_vanishes_the_hypergradient_is_the_implicit_one() ->
     assert loss == pytest.approx(float(residual.square().mean() / 2), rel=1e-6)
     implicit = start * float(answer @ (xv.T @ residual) / len(yv))  # dL_V/dh, h = log lambda
     assert float(of_raw) == pytest.approx(implicit, rel=1e-6)
+    levels = Levels(
+        lambda w, h, _: (x @ w[0] - y).square().sum() / 2 + h[0].exp() * w[0].square().sum() / 2,
+        lambda w, h, _: (xv @ w[0] - yv).square().mean() / 2,
+    )
+    (same,) = ImplicitHypergradient(levels, solver="lu")((w,), (hyper.raw,)).gradient
+    assert float(of_raw) == pytest.approx(float(same), rel=1e-6)
 
 
 # ---- what moves when ------------------------------------------------------------------------------------------------
@@ -381,14 +389,17 @@ def test_missing_validation_data_unused_hyperparameters_and_wrong_numbers_are_re
 
 
 def test_one_weight_for_each_example_of_a_penalty_on_parameters_is_refused_and_one_for_all_works() -> None:
-    def loop(per_example: bool) -> Loop:
+    def loop(per_example: bool, variant: Any = "stn") -> Loop:
         decay = Hyperparameter("decay", 1e-3, 1e-6, 1, scale="log", per_example=per_example)
         model = network()
         make_best_response(model, 1)
-        return Loop(model, SelfTuning([decay], warmup=0, train_steps=1), CrossEntropy() + decay * L2())
+        policy = SelfTuning([decay], warmup=0, train_steps=1, variant=variant)
+        return Loop(model, policy, CrossEntropy() + decay * L2())
 
     with pytest.raises(InputError, match="one value for the batch"):
         loop(True).one()
+    with pytest.raises(IncompatibleError, match="use variant='stn'"):
+        loop(False, "delta").one()
     whole = loop(False)
     whole.one()
     assert whole.policy.counts.tolist() == [1, 1]

@@ -93,7 +93,8 @@ class SelfTuning(nn.Module):
     Raises:
         InputError: an argument out of range, two hyperparameters of one name, no validation data, a hyperparameter that nothing uses, one
             value for each example of a term that has one value.
-        IncompatibleError: no gated layer (the hypergradient is identically zero), or several micro-batches.
+        IncompatibleError: no gated layer (the hypergradient is identically zero), several micro-batches, or under "delta" a tuned weight of
+            a term that does not read the model's outputs.
 
     >>> rate = Hyperparameter("rate", 0.05, 0, 0.9)
     >>> SelfTuning([rate], scale=0.5).scales
@@ -443,6 +444,7 @@ class SelfTuning(nn.Module):
                     weighed.setdefault(leaf.hyperparameter.name, []).append(label)
         for hyper in self.tuned:
             for label in weighed.get(hyper.name, ()):
+                self._refuse_silent(signals.problem, hyper.name, label)
                 if "per_example" in entries[label].term.capabilities:
                     continue
                 if hyper.name in self._made:
@@ -452,6 +454,15 @@ class SelfTuning(nn.Module):
                         f"Hyperparameter {hyper.name!r} has a value for each example, and the term {label!r} that it weighs has one "
                         "value for the batch: per_example=False."
                     )
+
+    def _refuse_silent(self, problem: Problem, name: str, label: str) -> None:
+        """Under "delta" the answer is learned from the linearised outputs, and a term that does not read them teaches nothing."""
+        entry = next(e for e in problem.objective._entries if e.label == label)
+        if self.variant == "delta" and all(reading.name != problem._output for reading in entry.forward_reads):
+            raise IncompatibleError(
+                f"variant='delta' learns how the weights answer from the model's {problem._output}, which the term {label!r} weighed by "
+                f"{name!r} does not read: use variant='stn'."
+            )
 
     def _refuse_unused(self) -> None:
         if int(self.counts[0]):
