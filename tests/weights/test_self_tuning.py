@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import poise
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
-from poise.parts import BestResponseLinear, TunedDropout, make_best_response
+from poise.parts import BestResponseLinear, TunedDropout, drop_connect, fold_best_response, make_best_response
 from poise.problem import Problem
 from poise.readouts.supervised import Classification, Regression
 from poise.response_input import response_input_of
@@ -530,3 +530,38 @@ def test_fit_without_validation_data_refuses() -> None:
     model, policy = tuned()
     with pytest.raises(InputError, match="no validation data"):
         poise.fit(model, "cross_entropy", data()[0], policy=policy, steps=2)
+
+
+class Reader(nn.Module):
+    """A small recurrent classifier of token sequences, with everything tuned that a recurrent network has."""
+
+    def __init__(self, words: Hyperparameter, outputs: Hyperparameter, recurrent: Hyperparameter) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn, self.head = nn.Embedding(9, 6), nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+        self.inputs = make_best_response(self, 3)
+        drop_connect(self.rnn, "weight_hh_l0", recurrent)
+        self.words, self.outputs = TunedDropout(words, shared_axes=(1,)), TunedDropout(outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.rnn(self.words(self.embed(tokens)))
+        return self.head(self.outputs(states[:, -1]))
+
+
+@pytest.mark.parametrize("variant", ["stn", "delta"])
+def test_a_recurrent_network_is_tuned_with_dropped_weights_and_folds_into_a_plain_one(variant: Any) -> None:
+    hypers = [Hyperparameter(n, 0.2, 0, 0.9, per_example=n != "recurrent") for n in ("words", "outputs", "recurrent")]
+    model, policy = Reader(*hypers), SelfTuning(hypers, warmup=0, train_steps=1, variant=variant)
+    g = torch.Generator().manual_seed(0)
+    tokens, target = torch.randint(9, (40, 5), generator=g), torch.randint(3, (40,), generator=g)
+    before = model.rnn.parametrizations.weight_hh_l0.original.clone()  # type: ignore[union-attr]
+    poise.fit(
+        model, "cross_entropy", (tokens[:20], target[:20]), (tokens[20:], target[20:]), policy=policy, steps=5, batch_size=10, lr=0.1
+    )  # fmt: skip
+    moved = model.rnn.parametrizations.weight_hh_l0.original != before  # type: ignore[union-attr]
+    assert moved[:32].any()
+    assert moved[32:].any()
+    assert all(value != pytest.approx(0.2, abs=1e-7) for value in policy.values.values())
+    model.eval()
+    folded = fold_best_response(model)
+    torch.testing.assert_close(folded(tokens), model(tokens), rtol=1e-4, atol=1e-5)

@@ -298,7 +298,7 @@ class SelfTuning(nn.Module):
         with torch.enable_grad():
             scale = functional.softplus(free)
             rows = self._rows(validation, raw, scale, step, f"valid {number}") if self.learn_scale else raw
-            inputs.place(rows - raw.detach() if self.variant == "delta" else rows)
+            inputs.place(rows - raw.detach().to(rows.device) if self.variant == "delta" else rows)
             self._place(None)
             try:
                 with _evaluating(validation.model, validation.objective):
@@ -335,14 +335,14 @@ class SelfTuning(nn.Module):
                 "pieces: use accumulate=1."
             )
         data = next(iter(problem.batches[0].values()))
-        examples = next(len(v) for v in data.values() if isinstance(v, Tensor) and v.ndim)
+        like = next(v for v in data.values() if isinstance(v, Tensor) and v.ndim)
         seed = (*problem.key, self.seed, step, what)
         shared = torch.randn(len(raw), generator=_generator(*seed), dtype=torch.float64)
         own = torch.randn(
-            examples, len(raw), generator=_generator(*seed, "examples", processes.rank()), dtype=torch.float64
+            len(like), len(raw), generator=_generator(*seed, "examples", processes.rank()), dtype=torch.float64
         )
         mask = torch.tensor([hyper.per_example for hyper in self.tuned])
-        return raw + scale * torch.where(mask, own, shared)
+        return (raw + scale * torch.where(mask, own, shared)).to(like.device)
 
     def _place(self, rows: Tensor | None) -> None:
         """Put the values of a step where noise and terms read them; the gates' share of the graph ends here."""
@@ -361,7 +361,7 @@ class SelfTuning(nn.Module):
         self._place(rows)
         try:
             with self._weighing(signals):
-                self._response(signals.problem, inputs, rows - raw, signals.lr)
+                self._response(signals.problem, inputs, rows - raw.to(rows.device), signals.lr)
         finally:
             self._clear(inputs)
 
