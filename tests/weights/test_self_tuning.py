@@ -175,7 +175,7 @@ def test_the_hypergradient_is_the_difference_quotient_of_the_validation_loss(var
     def value(raw: float, free: float) -> float:
         # The perturbation that h_i - stop(h) sees: the gates move, h does not.
         rows = base + raw + nn.functional.softplus(scale + free) * draws if learn_scale else base + raw
-        inputs.place(rows - base if variant == "delta" else rows)
+        inputs.place(rows - (base if variant == "delta" else policy.origin))
         model.eval()
         with torch.no_grad():
             got = valid.value()
@@ -237,7 +237,7 @@ def test_each_example_has_a_perturbation_of_its_own_and_shared_ones_have_one() -
     assert len(rows[:, 0].unique()) == 16
     assert len(rows[:, 1].unique()) == 1
     assert own.read().shape == (16,)
-    torch.testing.assert_close(own.read(), own.constrain(rows[:, 0].double()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own.read(), own.constrain(rows[:, 0].double() + policy.origin[0]), rtol=1e-5, atol=1e-6)
     assert shared.read().shape == ()
     # the same step has the same draws, so that a resumed run is the uninterrupted one
     policy.weights(loop.signals(problem))
@@ -307,8 +307,21 @@ def test_the_trained_model_evaluates_at_its_own_hyperparameters_without_the_poli
         loop.one()
     model.eval()
     point = next(m.inputs.point for m in model.modules() if isinstance(m, BestResponseLinear))
-    torch.testing.assert_close(point, policy.raw)
+    torch.testing.assert_close(point, policy.raw - policy.origin)
     assert torch.equal(copy.deepcopy(model)(loop.x), model(loop.x))
+
+
+def test_gates_put_into_a_trained_model_leave_it_as_it_is_at_the_first_hyperparameters() -> None:
+    model, policy = tuned()
+    loop = Loop(model, policy)
+    model.eval()
+    before = model(loop.x)
+    problem = loop.problem(loop.objective, 0, 16)
+    policy.weights(loop.signals(problem))
+    policy.discard(loop.signals(problem))
+    assert torch.equal(model(loop.x), before)
+    _, authors = tuned(origin="zero")
+    assert not authors.origin.any()
 
 
 # ---- Delta-STN ------------------------------------------------------------------------------------------------------
@@ -435,6 +448,7 @@ def test_several_micro_batches_and_a_loss_that_is_not_finite_are_refused() -> No
     ("options", "message"),
     [
         ({"variant": "gamma"}, "'stn' or 'delta'"),
+        ({"origin": "end"}, "'start' or 'zero'"),
         ({"lr": 0}, "learning rates"),
         ({"response_lr": -1.0}, "learning rates"),
         ({"entropy": -1}, "entropy and warmup"),
