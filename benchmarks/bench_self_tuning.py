@@ -80,7 +80,7 @@ def _linear(width: int, quick: bool) -> list[Ratio]:
     x, h = torch.randn(BATCH, width), torch.randn(BATCH, HYPERS)
     gated = BestResponseLinear(width, width, HYPERS)
     gated.inputs.place(h)
-    repeats = 20 if quick else 200
+    repeats = 20 if quick else 40_000 // width
     plain = paired(_step(gated, x), _step(nn.Linear(width, width), x), repeats, 10, time.process_time)
     by_hand = paired(_step(gated, x), _step(_FourProducts(width, width, HYPERS), x, h), repeats, 10, time.process_time)
     where = f"{width} x {width}, batch {BATCH}, {HYPERS} hyperparameters"
@@ -146,7 +146,7 @@ def _whole(quick: bool) -> list[Ratio]:
     x = (torch.from_numpy(images).float() / 255).view(-1, 1, 28, 28)[order]
     y = torch.from_numpy(labels).long()[order]
     train, valid, test = ({"input": x[p], "target": y[p]} for p in (slice(1000), slice(1000, 2000), slice(2000, 4000)))
-    steps = 20 if quick else 600
+    steps = 20 if quick else 400
     ours, cost = _train(train, valid, test, steps, tuned=True)
     search, spent = RandomSearch(list(_hypers().values()), seed=0), 0.0
     reached: list[tuple[float, float]] = []

@@ -540,6 +540,16 @@ def test_an_auto_weight_of_a_formula_is_tuned_for_each_example(variant: Any) -> 
     assert policy.tuned[0].per_example
 
 
+def test_a_formula_may_name_the_method_and_put_in_the_gates() -> None:
+    train, valid = data()
+    formula = (
+        "cross_entropy + auto(low=0.01, high=1, policy='bilevel', method='self_tuning(warmup=0.0, train_steps=1)')*confidence_penalty "
+        "with best_response(n_hyper=1)"
+    )
+    run = poise.fit(network(), formula, train, valid, steps=6, batch_size=10, lr=0.1)
+    assert run.history["policy/hyperparameter/confidence_penalty"][-1] != pytest.approx(0.1, abs=1e-6)
+
+
 def test_fit_without_validation_data_refuses() -> None:
     model, policy = tuned()
     with pytest.raises(InputError, match="no validation data"):
