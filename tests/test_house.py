@@ -12,7 +12,8 @@ ROOT = {p.stem for p in SOURCE.glob("*.py")} | {"errors"}
 ABOVE = {"recipes", "tasks", "studies", "claims", "report", "cli", "saved", "tables", "terminal"}
 MAY_IMPORT = {
     "terms": {"terms", "parts"},
-    "weights": {"weights"},
+    # A weight may be set by what predictions are worth, and there is one hypervolume.
+    "weights": {"weights", "metrics"},
     "solvers": {"solvers"},
     "parts": {"parts"},
     "readouts": {"readouts"},

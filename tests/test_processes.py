@@ -109,3 +109,29 @@ def test_one_process_is_the_identity() -> None:
     assert processes.rank() == 0
     assert processes.sum_across(rows) is rows
     assert processes.gather_rows(rows) is rows
+
+
+def train_balanced(accumulate: int) -> dict[str, torch.Tensor]:
+    from poise.weights.bilevel.online import OnlineBilevel
+
+    generator = torch.Generator().manual_seed(0)
+    data = {
+        "input": torch.randn(ROWS, 5, generator=generator).double(),
+        "target": torch.randint(0, CLASSES, (ROWS,), generator=generator),
+    }
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    run = poise.fit(
+        model, "cross_entropy + auto*l2 + auto*confidence_penalty", data, data, epochs=4, batch_size=BATCH,
+        accumulate=accumulate, lr=0.1, device="cpu", policy=OnlineBilevel("one_step", every=2, warmup=0.0, upper="cross_entropy"),
+    )  # fmt: skip
+    return {**model.state_dict(), **{name: torch.tensor(w) for name, w in run.weights.items()}}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_find_the_weights_of_one(tmp_path: Path, accumulate: int) -> None:
+    first, second = on_two(train_balanced, tmp_path, accumulate)
+    one = train_balanced(1)
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(first[name], second[name]), name

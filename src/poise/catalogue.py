@@ -32,7 +32,7 @@ class Entry:
     """One name of the formula language: what it is (`kind`), where (`module:Name`), what it does."""
 
     name: str
-    kind: str  # "term", "shorthand", "weight" or "part"
+    kind: str  # "term", "shorthand", "weight", "balancer", "bilevel" or "part"
     home: str
     summary: str
 
@@ -47,11 +47,14 @@ def entries() -> list[Entry]:
     from poise.parts import CATALOGUE as PARTS
     from poise.terms import CATALOGUE as TERMS
     from poise.terms import SHORTHANDS
+    from poise.weights.policies import METHODS
 
     kinds = (
         ("term", dict(sorted(TERMS.items()))),
         ("shorthand", SHORTHANDS),
         ("weight", WEIGHTS),
+        ("balancer", {name: f"poise.weights.{home}" for name, home in METHODS["pareto"].items()}),
+        ("bilevel", {name: f"poise.weights.{home}" for name, home in METHODS["bilevel"].items()}),
         ("part", PARTS),
     )
     return [Entry(name, kind, home, summary_of(home)) for kind, names in kinds for name, home in names.items()]

@@ -529,11 +529,12 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
     from poise.studies.execute import train
     from poise.tables import fit_results
     from poise.terminal import Journal
+    from poise.weights.feasibility import judge_constraints
 
     if save is not None and ((save / CONFIG).exists() or (save / "config.json").exists()):
         raise InputError(f"{save} holds a model already. Choose another folder with --save, or remove this one.")
     (formula,) = study.config.formulas
-    if autos := parse(formula).autos:
+    if autos := parse(formula).searched:
         raise InputError(
             f"This command needs a number for every weight, and {', '.join(autos)} is `auto`. "
             "`poise compare DATA FORMULA --tune 10` finds the weights."
@@ -556,7 +557,11 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
             ) from None
         journal.write(f"trained {run.steps} steps in {run.seconds:.1f} s: {run.stopped}")
     metrics = split.measure(run, "test")
-    terminal.print(*fit_results(formula, task, run.seconds, metrics))
+    constraints = judge_constraints(run.objective, run.history)
+    terminal.print(*fit_results(formula, task, run.seconds, metrics, [found.sentence for found in constraints]))
+    for found in constraints:
+        if found.warning:
+            terminal.say(f"warning: {found.warning}")
     if save is not None and checkpoints is not None:
         terminal.print(f"\nSaved:   {save}", *_save(save, run, task, split, spec, metrics, terminal))
         shutil.rmtree(checkpoints.parent, ignore_errors=True)

@@ -23,7 +23,7 @@ from poise.errors import FormulaError, InputError, nearest
 from poise.objective import Objective, Summand, Term, auxiliary
 from poise.weights.adaptive_kl import adaptive_kl
 from poise.weights.auto import auto
-from poise.weights.constraint import DualWeight, constraint
+from poise.weights.constraint import MeasuredWeight, PricedWeight, ProxyWeight, constraint
 from poise.weights.schedule import SCHEDULES
 
 MAX_LENGTH, MAX_DEPTH, MAX_NODES = 20_000, 60, 5_000
@@ -422,29 +422,40 @@ def objective_text(objective: Objective) -> str:
         first = summands.pop(0)
         dual = _dual(first.weight)
         if dual is not None:
-            # The terms of one constraint share its multiplier and are printed as one sum.
-            outer, weight = dual
-            same = [
-                s
-                for s in summands
-                if (other := _dual(s.weight)) and other[0] == outer and other[1].module is weight.module
-            ]
+            # The terms of one constraint share its multiplier and are printed together.
+            same = [s for s in summands if (other := _dual(s.weight)) and _together(other, dual)]
             summands = [s for s in summands if s not in same]
-            inner = _sum([_weighted(s, found[1].inner) for s in [first, *same] if (found := _dual(s.weight))])
-            scale = "" if outer == 1 else f"{text(outer, 2)}*"
-            pieces.append((f"{scale}{weight.module.formula}({inner}, {weight.module.arguments()})", False))
+            pieces += _constraint_text([first, *same])
         else:
             pieces.append(_weighted(first, first.weight))
     return (_sum(pieces) if pieces else "0") + "".join(f" with {part}" for part in objective.parts)
 
 
-def _dual(weight: Number | Coefficient) -> tuple[Number | Coefficient, DualWeight] | None:
+def _dual(weight: Number | Coefficient) -> tuple[Number | Coefficient, PricedWeight] | None:
     """Split a weight into what stands before a constraint and the constraint's own weight."""
-    if isinstance(weight, DualWeight):
+    if isinstance(weight, PricedWeight):
         return 1, weight
-    if isinstance(weight, Product) and isinstance(weight.right, DualWeight):
+    if isinstance(weight, Product) and isinstance(weight.right, PricedWeight):
         return weight.left, weight.right
     return None
+
+
+def _together(one: tuple[Number | Coefficient, PricedWeight], other: tuple[Number | Coefficient, PricedWeight]) -> bool:
+    return one[0] == other[0] and one[1].owner is other[1].owner
+
+
+def _constraint_text(summands: list[Summand]) -> list[tuple[str, bool]]:
+    """Print the terms of one multiplier: those that it charges, and those that are only measured."""
+    found = [(s, *split) for s in summands if (split := _dual(s.weight))]
+    charged = [_weighted(s, w.inner) for s, _, w in found if not isinstance(w, MeasuredWeight)]
+    measured = [_weighted(s, w.inner) for s, _, w in found if isinstance(w, MeasuredWeight)]
+    if not charged or (not measured and isinstance(found[0][2], ProxyWeight)):
+        # Half of a proxy constraint is left, as when a term is taken out: no multiplier moves, and nothing is constrained.
+        return []
+    _, outer, weight = found[0]
+    arguments = ([f"measured={_sum(measured)}"] if measured else []) + [weight.owner.arguments()]
+    scale = "" if outer == 1 else f"{text(outer, 2)}*"
+    return [(f"{scale}{weight.owner.formula}({', '.join([_sum(charged), *arguments])})", False)]
 
 
 def _weighted(summand: Summand, weight: Number | Coefficient) -> tuple[str, bool]:
@@ -480,7 +491,7 @@ def explain(formula: str | Objective) -> str:
     for label, summand in zip(objective.labels, objective.summands, strict=True):
         term = summand.term
         lines.append(
-            f"{label}    weight {text(summand.weight) if not isinstance(summand.weight, DualWeight) else summand.weight}"
+            f"{label}    weight {text(summand.weight) if not isinstance(summand.weight, PricedWeight) else summand.weight}"
         )
         lines.append(f"    {(inspect.getdoc(type(term)) or '').splitlines()[0]}")
         if term.equation:

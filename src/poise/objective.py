@@ -473,6 +473,26 @@ class Objective(nn.Module):
                 own.update(objective.autos)
         return own
 
+    @property
+    def auto_leaves(self) -> dict[str, list[Any]]:
+        """Every mention of an `auto` weight by its name; two mentions of one name are one weight."""
+        from poise.weights.auto import Auto
+
+        found: dict[str, list[Any]] = {}
+        for e in self._entries:
+            for leaf in leaves_of(e.weight):
+                if isinstance(leaf, Auto):
+                    found.setdefault(leaf.name or e.label, []).append(leaf)
+            for objective in e.composes.values():
+                for name, leaves in objective.auto_leaves.items():
+                    found.setdefault(name, []).extend(leaves)
+        return found
+
+    @property
+    def searched(self) -> dict[str, Any]:
+        """The weights that are to be searched over runs; the other `auto` weights are moved within one."""
+        return {name: auto for name, auto in self.autos.items() if auto.policy == "search"}
+
     def resolve(self, weights: Mapping[str, Number | Coefficient]) -> Objective:
         """Return the objective with `auto` weights replaced by name.
 
@@ -1223,6 +1243,15 @@ class _StepCounter:
 
 
 _COUNTER = _StepCounter()
+
+
+def replace_weights(
+    objective: Objective, change: Callable[[str, Number | Coefficient], Number | Coefficient]
+) -> Objective:
+    """Return the objective with the weight of every term changed: `change(label, weight)`."""
+    return objective._like(
+        e.summand if e.auxiliary else replace(e.summand, weight=change(e.label, e.weight)) for e in objective._entries
+    )
 
 
 def auxiliary(term: Term | Objective) -> Objective:

@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from poise import processes
-from poise.coefficient import Number
+from poise.coefficient import value_of
 from poise.errors import IncompatibleError, InputError
-from poise.objective import Objective
+from poise.objective import Objective, _Part
 from poise.quantities import Quantities
+from poise.weights.feature_table import FeatureTable, features_of
+from poise.weights.feature_table import FeatureTable, features_of
+from poise.weights.gradient_table import GradientTable
+from poise.weights.owned import without_owned
 
 if TYPE_CHECKING:
     from poise.readouts.supervised import Readout
@@ -179,31 +183,92 @@ class Solver(Protocol):
     # A solver may also define `release()`, which `fit` calls at the end: it gives back what `bind` changed about the parameters.
 
 
-@dataclass(frozen=True)
 class Signals:
-    """What a weight policy is told after each step: the terms' values by label, and validation where there is one."""
+    """What a policy may look at in one step; nothing is computed before it is read.
 
-    values: Mapping[str, Tensor]
-    weights: Mapping[str, float | Tensor]
-    step: int
-    validation: Mapping[str, float] = field(default_factory=dict)
+    Args:
+        names: the weights that the policy owns, in order.
+        rows: for every owned weight, the terms it multiplies and their fixed factors.
+        problem: the step on the training data.
+        weights: the weights of the step before, by name.
+        step, steps: optimiser steps done, and of the whole run.
+        validation: makes the validation objective on a validation batch, or None where the run has no validation data.
+        lr: of the model's optimiser.
+        metrics: of a validation that has just been made; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows: Mapping[str, Mapping[str, float]],
+        problem: Problem,
+        *,
+        weights: Mapping[str, float | Tensor] | None = None,
+        step: int = 0,
+        steps: int = 0,
+        validation: Callable[[], Problem] | None = None,
+        lr: float = 1.0,
+        metrics: Mapping[str, float] | None = None,
+        shared: Sequence[str] | str | None = None,
+        on: str | None = None,
+    ) -> None:
+        self.names, self.rows, self.problem = tuple(names), rows, problem
+        self.weights = dict(weights or {})
+        self.step, self.steps, self.lr = step, steps, lr
+        self.metrics: Mapping[str, float] = dict(metrics or {})
+        self.shared, self.on = shared, on
+        self._validation = validation
+
+    @cached_property
+    def gradients(self) -> GradientTable:
+        """One gradient for each weight: one forward pass, a backward pass for each. The update of the step uses them again."""
+        return self.problem.table({name: self.rows[name] for name in self.names}, shared=self.shared, on=self.on)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """What each weight multiplies, reduced, f64 [m]. Free in `advance` and beside `gradients`, else a forward pass more."""
+        self.problem.reports()
+        terms = self.problem.step.terms
+        found = [
+            sum((c * terms[label].value for label, c in self.rows[n].items()), torch.zeros(())) for n in self.names
+        ]
+        return torch.stack([torch.as_tensor(v) for v in found]).double().cpu()
+
+    @cached_property
+    def validation(self) -> Problem | None:
+        """The validation objective on a validation batch, with the model in evaluation mode; None where there are no such data."""
+        return None if self._validation is None else self._validation()
 
 
 class Policy(Protocol):
     """How weights are set while the model trains.
 
     Attributes:
-        needs: what it must be told: "values", "gram", "validation".
+        needs: what it must be told: "values", "gradients", "validation", "metrics". A run that cannot tell refuses.
+
+    It may also define `bind(starts, ranges)`, called once with the weights' first values and their ranges by name;
+    `report() -> Mapping[str, float]`, drawn in the run's curves; `discard(signals)`, called in place of `advance` where a step was
+    skipped; `start`, the weights' first value; `upper`, the validation objective as a formula; `valid_batch`, how many validation
+    rows it wants to see; `balances`, whether its weights are for shared parameters alone; and `tunes_hyperparameters`, whether it
+    has work to do although no weight is `auto`.
     """
 
     needs: frozenset[str]
 
-    def weights(self, signals: Signals) -> Mapping[str, Number | Tensor]:
-        """Return the weights of the next step by label."""
+    def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
+        """Return the weights of this step by name: numbers, or tensors `[batch]` that weigh every example."""
         ...
 
     def advance(self, signals: Signals) -> None:
-        """Move the policy's own state, once per optimiser step."""
+        """Move the policy's own state after the update, once per optimiser step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Take it back."""
         ...
 
 
@@ -240,6 +305,8 @@ class Problem:
         self.named = named
         self.step = Step(torch.zeros(()), evaluations=0)
         self.latest_value = self.step.value
+        self._prepared: dict[str, Tensor] | None = None
+        self._table: tuple[GradientTable, dict[str, Tensor]] | None = None
         self._alone = len(batches) == 1 and processes.size() == 1
         self._denominators = None if self._alone else self._count()
 
@@ -317,9 +384,12 @@ class Problem:
         return ModelView(self.model, {**own, **buffers, **given}, self.autocast)
 
     def _evaluate(
-        self, at: Mapping[str, Tensor] | None, terms: Sequence[str] | None, then: Callable[[Tensor], None] | None = None
+        self,
+        at: Mapping[str, Tensor] | None,
+        terms: Sequence[str] | None,
+        then: Callable[[Tensor, Mapping[str, _Part]], None] | None = None,
     ) -> Tensor:
-        """Evaluate all micro-batches; hand each one's total to `then`, and return the sum, without gradient if `then` took it."""
+        """Evaluate all micro-batches; hand each one's total and parts to `then`, and return the sum, without gradient if `then` took it."""
         only = None if terms is None else frozenset(terms)
         first = at is None and only is None and not self.step.evaluations
         view = self._view(at)
@@ -342,7 +412,7 @@ class Problem:
                         part.active or (before is not None and before.active),
                     )
             if then is not None:
-                then(total)
+                then(total, parts)
                 total = total.detach()
             whole = total if whole is None else whole + total
         assert whole is not None
@@ -382,6 +452,9 @@ class Problem:
         Raises:
             IncompatibleError: `create_graph` with several micro-batches or processes, or with a term that has no second derivative.
         """
+        if at is None and terms is None and not create_graph and self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            return prepared
         names = list(self.parameters)
         points: list[Tensor] = [(at or {}).get(n, p) for n, p in self.parameters.items()]
         points = [p if p.requires_grad else p.detach().requires_grad_() for p in points]
@@ -391,13 +464,9 @@ class Problem:
             self._refuse_second_derivatives(terms)
         found: list[Tensor | None] = [None] * len(points)
 
-        def accumulate(total: Tensor) -> None:
-            if not total.requires_grad:
-                return
-            for i, g in enumerate(torch.autograd.grad(total, points, create_graph=create_graph, allow_unused=True)):
-                if g is not None:
-                    before = found[i]
-                    found[i] = g if before is None else before + g
+        def accumulate(total: Tensor, parts: Mapping[str, _Part]) -> None:
+            if total.requires_grad:
+                _add(found, torch.autograd.grad(total, points, create_graph=create_graph, allow_unused=True))
 
         with torch.enable_grad():
             whole = self._evaluate(at, terms, accumulate)
@@ -405,6 +474,129 @@ class Problem:
         if processes.size() > 1:
             found = self._meet(points, found)
         return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+    def reports(self) -> None:
+        """Evaluate the terms where nothing has been evaluated yet, so that `step.terms` says what they are worth."""
+        if not self.step.evaluations:
+            self.value()
+
+    def table(
+        self,
+        rows: Mapping[str, Mapping[str, float]],
+        shared: Sequence[str] | str | None = None,
+        on: str | None = None,
+    ) -> GradientTable:
+        """Return one gradient for each row, over micro-batches and processes: one forward pass and a backward pass for each.
+
+        Args:
+            rows: by name, the terms' labels and their factors; a term may stand in several rows.
+            shared: names of the parameters that are weighed against each other; by default those that two rows reach; "all" for all.
+            on: a submodule; then rows are gradients on what it puts out, and what lies below is passed once (`FeatureTable`).
+
+        Raises:
+            InputError: a row reaches no shared parameter.
+        """
+        if on is not None:
+            return self._feature_table(rows, on)
+        names, points = list(self.parameters), list(self.parameters.values())
+        found: list[list[Tensor | None]] = [[None] * len(points) for _ in range(len(rows) + 1)]
+        values = [torch.zeros(()) for _ in rows]
+
+        def accumulate(total: Tensor, parts: Mapping[str, _Part]) -> None:
+            losses = [_row(parts, factors) for factors in rows.values()]
+            # What stands beside the owned weights: the total less their share, at no backward pass where nothing does.
+            losses.append(_row(parts, self._fixed(rows)))
+            last = max((i for i, loss in enumerate(losses) if loss is not None and loss.requires_grad), default=-1)
+            for i, loss in enumerate(losses):
+                if loss is None:
+                    continue
+                if i < len(values):
+                    values[i] = values[i].to(loss.device) + loss.detach()
+                if loss.requires_grad:
+                    _add(found[i], torch.autograd.grad(loss, points, retain_graph=i < last, allow_unused=True))
+
+        with torch.enable_grad():
+            self._evaluate(None, None, accumulate)
+        if processes.size() > 1:
+            found = [self._meet(points, row) for row in found]
+            values = [processes.sum_across(value) for value in values]
+        gradients = [{n: g for n, g in zip(names, row, strict=True) if g is not None} for row in found]
+        table = GradientTable(tuple(rows), torch.stack(values), gradients[:-1], shared)
+        self._table = table, gradients[-1]
+        return table
+
+    def _feature_table(self, rows: Mapping[str, Mapping[str, float]], on: str) -> GradientTable:
+        table = FeatureTable(tuple(rows), self.parameters)
+        with features_of(self.model, on) as seen, torch.enable_grad():
+
+            def gather(total: Tensor, parts: Mapping[str, _Part]) -> None:
+                table.add([_row(parts, factors) for factors in rows.values()], [*seen], _row(parts, self._fixed(rows)))
+                seen.clear()
+
+            self._evaluate(None, None, gather)
+        self._table = table, {}
+        return table
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a table of gradients waits to become the update."""
+        return self._table is not None
+
+    def _fixed(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return the terms that no row weighs, with their weights, and the fixed part of those that one weighs in part."""
+        found: dict[str, float] = {}
+        for entry in self.objective._entries:
+            owned = [factors for factors in rows.values() if entry.label in factors]
+            weight = value_of(without_owned(entry.weight, rows), self.objective.clock)
+            if not owned or weight:
+                found[entry.label] = float(weight)
+        return found
+
+    def weigh(self, weights: Mapping[str, float | Tensor], own: bool) -> None:
+        """Make the update of this step from the table of gradients, under weights that have just been found.
+
+        Args:
+            weights: by row.
+            own: keep what one row alone reaches at weight 1, as a balancer does; False where the weights are the trade-off itself.
+        """
+        if self._table is None:
+            return
+        table, rest = self._table
+        numbers = torch.tensor([float(weights[label]) for label in table.labels], dtype=torch.float64)
+        every = (
+            table
+            if own or isinstance(table, FeatureTable)
+            else GradientTable(table.labels, table.values, table.rows, "all")
+        )
+        total = every.combine(numbers)
+        for name, g in rest.items():
+            total[name] = total[name] + g if name in total else g
+        self._prepared, self._table = total, None
+
+    def settle(self) -> None:
+        """Say that a policy has moved the parameters itself: the solver finds no gradient in this step."""
+        self._prepared, self._table = {}, None
+
+    def fresh(self) -> Problem:
+        """Return the same step once more, with nothing evaluated yet and nothing recorded."""
+        return type(self)(
+            self.model, self.objective, self.batches, self.readout, key=self.key, device=self.device, autocast=self.autocast,
+            record=False, named=self.named,
+        )  # fmt: skip
+
+    def reweigh(self) -> None:
+        """Say what the step is worth under weights that have changed since it was evaluated."""
+        if not self.step.evaluations:
+            return
+        value = torch.zeros((), dtype=self.step.value.dtype, device=self.step.value.device)
+        for entry in self.objective._entries:
+            report = self.step.terms.get(entry.label)
+            if report is not None and not entry.auxiliary:
+                weight = value_of(entry.weight, self.objective.clock)
+                self.step.terms[entry.label] = report._replace(weight=weight)
+                if report.active:
+                    value = value + weight * report.value
+        self.step.value = self.latest_value = processes.sum_across(value)
 
     def _meet(self, points: Sequence[Tensor], found: list[Tensor | None]) -> list[Tensor | None]:
         """Sum gradients over processes; one that is absent on some processes only is 0 there."""
@@ -479,23 +671,37 @@ class Problem:
             IncompatibleError: a term has no second derivative.
         """
         if kind == "hessian":
-            return self._hessian_product(vector, at)
+            return self.hessian(at)(vector)
         if kind in ("gauss_newton", "fisher"):
             return self._output_product(vector, kind, at)
         raise InputError(f"kind is 'hessian', 'gauss_newton' or 'fisher', and it is {kind!r}.")
 
-    def _hessian_product(self, vector: Mapping[str, Tensor], at: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def hessian(self, at: Mapping[str, Tensor] | None = None) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """Return the Hessian as a function of a vector: the graph is built once, and every product is one backward pass.
+
+        Args:
+            at: parameters by name that replace the model's.
+
+        Raises:
+            IncompatibleError: a term has no second derivative, or there are several micro-batches or processes.
+        """
         point = {
             n: (at or {}).get(n, p).detach().requires_grad_()
             for n, p in self.parameters.items()
             if not n.startswith(OWN)
         }
         gradient = self.gradient(at=point, create_graph=True)
-        dot = torch.stack(
-            [(gradient[n] * v).sum() for n, v in vector.items() if n in gradient and gradient[n].requires_grad]
-        ).sum()
-        products = torch.autograd.grad(dot, list(point.values()), allow_unused=True)
-        return {n: torch.zeros_like(point[n]) if g is None else g for n, g in zip(point, products, strict=True)}
+        curved = {n: g for n, g in gradient.items() if g.requires_grad}
+
+        def product(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            pairs = [(g, vector[n]) for n, g in curved.items() if n in vector]
+            if not pairs:
+                return {n: torch.zeros_like(p) for n, p in point.items()}
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, list(point.values()), weights, retain_graph=True, allow_unused=True)
+            return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(point.items(), found, strict=True)}
+
+        return product
 
     def _output_product(
         self, vector: Mapping[str, Tensor], kind: str, at: Mapping[str, Tensor] | None
@@ -534,3 +740,36 @@ class Problem:
             p = output.softmax(-1)
             direction = p * direction - p * (p * direction).sum(-1, keepdim=True)
         return direction / len(output)
+
+
+def _add(found: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients to those of the micro-batches before."""
+    for i, g in enumerate(gradients):
+        if g is not None:
+            before = found[i]
+            found[i] = g if before is None else before + g
+
+
+def _row(parts: Mapping[str, _Part], factors: Mapping[str, float]) -> Tensor | None:
+    """Return the sum of some terms with factors of their own; None where none of them acts."""
+    total: Tensor | None = None
+    for label, factor in factors.items():
+        part = parts.get(label)
+        if part is not None and part.active:
+            weighted = part.reduced if factor == 1 else factor * part.reduced
+            total = weighted if total is None else total + weighted
+    return total
+
+
+class Validation(Problem):
+    """The validation objective as a problem: the model in evaluation mode, nothing recorded."""
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Tensor:
+        before = self.model.training, self.objective.training
+        self.model.eval()
+        self.objective.eval()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        finally:
+            self.model.train(before[0])
+            self.objective.train(before[1])

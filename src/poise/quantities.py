@@ -63,6 +63,7 @@ def _of_side(place: str, form: str) -> str:
 CATALOGUE: dict[str, tuple[str, str]] = {
     "input": ("any [batch, ...]", "what the model is given"),
     "target": ("int64 [batch, ...] | float [batch, ...]", "class indices, or numbers to be predicted"),
+    "domain": ("int64 [batch]", "number of the domain of each example, from 0; -1 for an unlabelled target domain"),
     "index": ("int64 [batch]", "position of each example in its data set, from 0"),
     "sample_weight": ("float [batch]", "each example's share of the denominator; 0 for a padding duplicate"),
     "mask": ("bool [batch, time]", "which positions of a sequence count"),

@@ -62,6 +62,7 @@ class Run:
         stopped: why training ended, in words.
         skipped: steps that were skipped as not finite.
         seconds: time in the loop, of this process and of those it resumed from.
+        weights: what policies set, by name, as they were after the last step; empty where every weight is a number or a schedule.
         peak_memory: bytes: of the device on CUDA, else the largest growth of this process's memory seen at the log points.
     """
 
@@ -76,6 +77,7 @@ class Run:
     peak_memory: int
     readout: Readout
     device: torch.device
+    weights: dict[str, float] = field(default_factory=dict)
 
     def predict(self, input: Tensor, batch_size: int = 1024) -> Tensor:
         """Return the readout's output (logits or predictions) for all rows, in evaluation mode, on the CPU."""

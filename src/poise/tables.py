@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -33,6 +33,8 @@ def study_results(summary: Summary) -> Iterator[RenderableType]:
         yield from _differences(summary)
     if summary.term_effects:
         yield from _term_effects(summary)
+    if any(formula.constraints for formula in summary.formulas):
+        yield from _constraints(summary)
     if any(formula.selected for formula in summary.formulas):
         yield from _selected(summary)
     if summary.failed:
@@ -47,13 +49,17 @@ def study_results(summary: Summary) -> Iterator[RenderableType]:
         yield Text("\n".join(summary.notes), style="dim")
 
 
-def fit_results(formula: str, task: AnyTask, seconds: float, metrics: dict[str, float]) -> Iterator[RenderableType]:
-    """What one trained model reached on the test split."""
+def fit_results(
+    formula: str, task: AnyTask, seconds: float, metrics: dict[str, float], constraints: Sequence[str] = ()
+) -> Iterator[RenderableType]:
+    """What one trained model reached on the test split, and whether its constraints held."""
     yield _heading(f"{formula} on {task.name}, {wording.count(task.examples, 'example')}: {wording.seconds(seconds)}")
     table = _table("Test metric", ">Value")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}")
     yield table
+    for sentence in constraints:
+        yield Text(f"Constraint {sentence}", style=VERDICT_STYLE["worse" if "not feasible" in sentence else "better"])
 
 
 def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
@@ -63,6 +69,8 @@ def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:
         "term": "Terms",
         "shorthand": "Shorthands for sums of terms",
         "weight": "Weights",
+        "balancer": "Methods of auto(policy='pareto', method=...), which weighs the gradients of terms against each other",
+        "bilevel": "Methods of auto(policy='bilevel', method=...), which goes by the validation objective",
         "part": "Parts of the model",
     }
     for kind, title in titles.items():
@@ -174,6 +182,16 @@ def _term_effects(summary: Summary) -> Iterator[RenderableType]:
             table.add_row(
                 _letter(effect.formula), Text(effect.label), *_difference(metric, effect), _verdict(effect.verdict)
             )  # fmt: skip
+    yield table
+
+
+def _constraints(summary: Summary) -> Iterator[RenderableType]:
+    yield _heading("Constraints at the end of training")
+    table = _table("", "Finding")
+    for formula in summary.formulas:
+        for found in formula.constraints:
+            style = VERDICT_STYLE["better" if found.feasible == found.seeds else "worse"]
+            table.add_row(_letter(formula.index), Text(found.sentence, style=style))
     yield table
 
 

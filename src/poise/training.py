@@ -31,7 +31,9 @@ from poise.errors import CheckpointError, IncompatibleError, InputError, Interru
 from poise.metrics import rises
 from poise.objective import DataInfo, Objective, Summand, Term
 from poise.parts import apply_part
-from poise.problem import Problem, Step, named_parameters_of
+from poise.policy import Policies
+from poise.problem import Policy, Problem, Signals, Step, Validation, named_parameters_of
+from poise.quantities import derive
 from poise.readouts.language import SIDES, Language, needs_reference, reference_for
 from poise.readouts.supervised import Readout, readout_for
 from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
@@ -51,6 +53,7 @@ def fit(
     *,
     readout: Readout | Mapping[str, Readout] | None = None,
     solver: Any = "sgd",
+    policy: Policy | str | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
     lr_schedule: Coefficient | Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -91,6 +94,8 @@ def fit(
         valid: data of the same form, for metrics after every `validate_every` steps.
         readout: how quantities are made from the model; by default classification or regression by the target.
         solver: a solver, a name ("sgd", "adamw", "lbfgs", ...), a `torch.optim` class, or an optimiser with its parameters.
+        policy: what sets the weights that are `auto` while the run goes on: a policy, or the name of one ("neumann", "mgda(...)"). A
+            balancer in front of a formula without `auto` weighs all its terms. Weights that name their own policy need none here.
         lr, weight_decay: handed to a solver that is given by name or class.
         lr_schedule: a schedule that multiplies every learning rate (`cosine(1, 0)`), or a function that makes a PyTorch scheduler.
         steps, epochs: length of the run; exactly one of them, 10 epochs where neither is given.
@@ -169,6 +174,9 @@ class _Loop:
                 "The objective has no terms (a weight that is the number 0 removes its term), so there is nothing to minimise."
             )
         self.objective.check_weights()
+        self.formula = str(self.objective)
+        self.policies = Policies(self.objective, options["policy"])
+        self.objective = self.policies.objective
         if self.objective.autos:
             next(iter(self.objective.autos.values())).value(Clock())
         # Only now, so that an objective that is refused leaves the model as it was.
@@ -179,6 +187,7 @@ class _Loop:
         self.streams = self._prepare_streams(train, batch_size, accumulate, transform)
         main = next(iter(self.streams.values()))
         self.valid = _as_batch(valid, self.device)
+        self.upper = self._validation_objective()
         self.readout = readout if readout is not None else self._choose_readout(main)
         self.steps = self._length(steps, epochs, main.steps_per_epoch, self._limit())
         self.steps_per_epoch = main.steps_per_epoch
@@ -193,6 +202,7 @@ class _Loop:
         self.objective.to(self.device)
         self.solver = self._prepare_solver(solver)
         self.named = named_parameters_of(self.model, self.objective)
+        self.policies.bind()
         self.scheduler = self._prepare_schedule()
         self.state = FitState(
             self.model, self.objective, History(), steps=self.steps, steps_per_epoch=self.steps_per_epoch
@@ -260,6 +270,55 @@ class _Loop:
                 f"The model puts out {classes} classes, and the target has class {target - 1}: it needs at least {target}."
             )
         return classes
+
+    def _validation_objective(self) -> Objective | None:
+        """Return what policies judge weights by, or None where no policy asks.
+
+        Raises:
+            InputError: a policy asks, and the run has no validation data.
+        """
+        needs = self.policies.needs
+        if "metrics" in needs and self.valid is None and self.options["evaluate"] is None:
+            raise InputError(
+                "The policy of the weights looks at validation metrics, and the run has none: give valid=... or evaluate=..."
+            )
+        if "validation" not in needs:
+            return None
+        if self.valid is None:
+            raise InputError(
+                "The policy of the weights goes by the validation objective, and the run has no validation data: give valid=... "
+                "Weights that are fitted to the training data would only fall."
+            )
+        return self.policies.upper
+
+    def _validation(self) -> Problem:
+        """Return the validation objective on a batch of validation rows, drawn anew in every step."""
+        assert self.valid is not None
+        assert self.upper is not None
+        step, rows = self.state.step, len(next(iter(self.valid.values())))
+        size = min((getattr(o.policy, "valid_batch", None) or rows for o in self.policies.owners), default=rows)
+        batch = self.valid
+        if size < rows:
+            chosen = torch.randperm(
+                rows, generator=torch.Generator().manual_seed(derive(self.seed, step, "validation"))
+            )[:size].to(self.device)
+            batch = {name: v[chosen] for name, v in batch.items()}
+        return Validation(
+            self.model, self.upper, [{"main": batch}], self.readout, key=(self.seed, step), device=self.device,
+            autocast=self._autocast, record=False,
+        )  # fmt: skip
+
+    def _signals(self, *args: Any, **given: Any) -> Signals:
+        optimizer = getattr(self.solver, "optimizer", None)
+        return Signals(
+            *args,
+            step=self.state.step,
+            steps=self.steps,
+            lr=1.0 if optimizer is None else float(optimizer.param_groups[0]["lr"]),
+            validation=None if self.upper is None else self._validation,
+            metrics=self.policies.metrics,
+            **given,
+        )
 
     def _limit(self) -> int | None:
         """Return the steps that the streams can serve, where one of them ends."""
@@ -354,7 +413,7 @@ class _Loop:
         readout = next(iter(self.readout.values())) if isinstance(self.readout, Mapping) else self.readout
         return Run(
             self.model, self.objective, state.history, state.step, state.best, state.stop or "all steps are done", state.skipped,
-            state.seconds, memory.peak, readout, self.device,
+            state.seconds, memory.peak, readout, self.device, self.policies.current,
         )  # fmt: skip
 
     def _train(self) -> None:
@@ -400,12 +459,15 @@ class _Loop:
             device=self.device,
             autocast=self._autocast,
         )
+        signals = self.policies.set(problem, self._signals) if self.policies else []
         step = self.solver.step(problem, self._accept(problem))
         if step.skipped:
             self.objective.discard()
+            self.policies.discard(signals)
             state.skipped += 1
         else:
             self.objective.advance()
+            self.policies.advance(signals)
             if self.scheduler is not None:
                 self.scheduler.step()
         state.step += 1
@@ -472,6 +534,8 @@ class _Loop:
         gradient = float(torch.stack(self.window.norms).mean()) if self.window.norms else 0.0
         if self.options["on_nonfinite"] == "stop" and not (math.isfinite(loss) and math.isfinite(gradient)):
             raise NonFiniteError(self._what_is_not_finite(self.problem))
+        for name, value in self.policies.report().items():
+            state.history.add(name, state.step, value)
         self.window = Window()
         self.memory.look()
         self.track({name: curve[1][-1] for name, curve in state.history.curves().items()}, state.step)
@@ -487,7 +551,9 @@ class _Loop:
         if self.state.step % every and self.state.step != self.steps:
             return
         state = self.state
-        for name, value in self._measure().items():
+        measured = dict(self._measure())
+        self.policies.metrics = measured
+        for name, value in measured.items():
             state.history.add(f"valid/{name}", state.step, value)
         self._judge()
         self.model.train()
@@ -527,7 +593,7 @@ class _Loop:
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same when a run resumes."""
         return {
-            "objective": str(self.objective), "seed": self.seed, "steps": self.steps, "precision": self.precision,
+            "objective": self.formula, "seed": self.seed, "steps": self.steps, "precision": self.precision,
             "examples": {n: s.examples for n, s in self.streams.items()}, "batch_size": {n: s.batch_size for n, s in self.streams.items()},
         }  # fmt: skip
 
@@ -554,6 +620,7 @@ class _Loop:
                 "model": self.model.state_dict(),
                 "objective": self.objective.state_dict(),
                 "solver": self.solver.state_dict(),
+                "policies": self.policies.state_dict(),
                 "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "history": {k: list(v) for k, v in state.history.curves().items()},
@@ -593,6 +660,8 @@ class _Loop:
         self.model.load_state_dict(saved["model"])
         self.objective.load_state_dict(saved["objective"])
         self.solver.load_state_dict(saved["solver"])
+        if self.policies:
+            self.policies.load_state_dict(saved["policies"])
         for name, stream in self.streams.items():
             stream.load_state_dict(saved.get("streams", {}).get(name, {}))
         if self.scheduler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 # At once, because function and file share a name and the function is what users mean.
@@ -22,6 +23,7 @@ _HOME: dict[str, str] = {
     "EpochDynamics": "memorization",
     "EpochRefinement": "self_distillation",
     "FineTuningAttack": "alignment_attacks",
+    "FrontCheckpoint": "checkpoint_fronts",
     "FrontierPoint": "collapse",
     "HardExamples": "self_distillation",
     "KeywordJudge": "alignment_attacks",
@@ -34,6 +36,7 @@ _HOME: dict[str, str] = {
     "MemorizationReport": "memorization",
     "ModeSeeking": "mode_seeking",
     "Monotonicity": "reward_audit",
+    "ParetoPaths": "checkpoint_fronts",
     "PreferenceStatistics": "mode_seeking",
     "RateResult": "implicit_reward",
     "RateStudy": "implicit_reward",
@@ -44,6 +47,7 @@ _HOME: dict[str, str] = {
     "RescalingReport": "self_distillation",
     "RewardAudit": "reward_audit",
     "Robustness": "weights",
+    "RunPath": "checkpoint_fronts",
     "StepRow": "distillation_spectrum",
     "TokenCredit": "credit",
     "ValueCorrelation": "implicit_reward",
@@ -76,6 +80,7 @@ _HOME: dict[str, str] = {
     "log_gradients": "likelihood_dynamics",
     "memorization_report": "memorization",
     "monotonicity": "reward_audit",
+    "pareto_paths": "checkpoint_fronts",
     "past_predictions": "self_distillation",
     "preference_coverage": "coverage",
     "preference_statistics": "mode_seeking",
@@ -103,7 +108,13 @@ __all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_
 __all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 
 
+_ELSEWHERE = {"ParetoArchive": "poise.weights.pareto", "hypervolume": "poise.metrics.pareto"}
+"""Names that belong to rooms below, offered here too because a report is where one looks for them."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     return load(__name__, _HOME, name)
 
 

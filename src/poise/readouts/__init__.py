@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
 from poise.readouts.other_loops import batch_quantities, pairs_in_halves, read_in_forward
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterOff",
     "Choices",
     "Classification",
+    "DomainFeatures",
     "Language",
     "OnPolicy",
     "Readout",

@@ -29,6 +29,7 @@ from poise.problem import Solver
 from poise.solvers.torch_optimizers import as_solver
 from poise.studies.spec import DataSpec, RunRecord, RunSpec, failed_record
 from poise.training import FitState, Run, fit
+from poise.weights.feasibility import judge_constraints, watch
 
 if TYPE_CHECKING:
     from poise.tasks.contract import AnySplit, AnyTask
@@ -132,6 +133,8 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
         if spec.measure == "test":
             metrics |= _measure(run, split, "test")
             details = split.details(run)
+    if run.weights:
+        details = {**details, "weights": run.weights}
     curves = {**run.history.curves(), **details.pop("curves", {})}
     return RunRecord(
         spec.id,
@@ -141,7 +144,10 @@ def _run(spec: RunSpec, folder: Path | None, report: Callable[[float], None] | N
         curves={name: (list(steps), list(values)) for name, (steps, values) in curves.items()},
         details=details,
         sizes=split.sizes,
-        warnings=list(split.warnings),
+        warnings=[
+            *split.warnings,
+            *(w for found in judge_constraints(run.objective, run.history) if (w := found.warning)),
+        ],
         seconds=run.seconds,
         peak_memory_bytes=peak() or run.peak_memory,
         steps=run.steps,
@@ -163,8 +169,9 @@ def train(
             report(state.step / max(1, state.steps))
 
     def attempt() -> Run:
+        objective = parse(spec.formula)
         return fit(
-            objective=parse(spec.formula),
+            objective=objective,
             **task.arguments(split, spec.model, spec.seed, spec.device, **spec.model_options),
             solver=make_solver(spec),
             lr_schedule=make_schedule(spec.schedule),
@@ -181,6 +188,7 @@ def train(
             progress=show,
             checkpoint=folder,
             checkpoint_seconds=CHECKPOINT_SECONDS,
+            callbacks=watch(objective, warn=False),
         )
 
     try:

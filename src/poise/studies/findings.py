@@ -383,7 +383,7 @@ def _notes(plan: Plan) -> tuple[str, ...]:
             f"({how}), Sobol points on log scales, successive halving on the validation split. The test split was "
             "measured once, by the final run."
         )
-        if any(not formula.autos for formula in plan.formulas):
+        if any(not formula.searched for formula in plan.formulas):
             notes.append("A formula without an auto weight used its trials for the learning rate alone.")
     if plan.config.leave_one_out and any(len(formula.labels) > 1 for formula in plan.formulas):
         notes.append("What a term bought is measured without it, the other weights and the learning rate as they were.")

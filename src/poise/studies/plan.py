@@ -33,6 +33,9 @@ class Formula(Protocol):
     @property
     def autos(self) -> Mapping[str, Any]: ...
 
+    @property
+    def searched(self) -> Mapping[str, Any]: ...
+
     def resolve(self, weights: Mapping[str, Any], /) -> Formula: ...
 
     def without(self, label: str, /) -> Formula: ...
@@ -190,11 +193,11 @@ class Plan:
             self._register(number, specs)
 
     def _direct(self, track: Track) -> Generator[list[RunSpec], None, None]:
-        yield self._conclude(track, self.base.lr, {})
+        yield from self._conclude(track, self.base.lr, {})
 
     def _search(self, track: Track) -> Generator[list[RunSpec], None, None]:
         tuning = self.config.tuning
-        ranges = {name: (auto.low, auto.high) for name, auto in self.formulas[track.formula].autos.items()}
+        ranges = {name: (auto.low, auto.high) for name, auto in self.formulas[track.formula].searched.items()}
         survivors = trials(ranges, count=self.trials, seed=track.seed, lr=self.base.lr, lr_factor=tuning.lr_factor)
         best: Trial | None = None
         plan = rungs(self.trials, halving=tuning.halving, count=tuning.rungs)
@@ -220,15 +223,23 @@ class Plan:
             return
         last = max(position for position, row in enumerate(track.trials) if row.trial == best.number)
         track.trials[last] = replace(track.trials[last], selected=True)
-        yield self._conclude(track, best.lr, best.weights)
+        yield from self._conclude(track, best.lr, best.weights)
 
-    def _conclude(self, track: Track, lr: float, weights: dict[str, float]) -> list[RunSpec]:
+    def _conclude(self, track: Track, lr: float, weights: dict[str, float]) -> Generator[list[RunSpec], None, None]:
         text, reduced = self._texts(track.formula, weights)
         common = replace(self.base, seed=track.seed, lr=lr)
         track.weights = dict(weights)
         track.final = replace(common, formula=text)
+        if set(self.formulas[track.formula].autos) - weights.keys():
+            # A policy moves some weights within the run: what is left out is left out of the trade-off that it ended with.
+            yield [track.final]
+            record = self.records[track.final.id]
+            if record.status != "done":
+                return
+            track.weights.update(record.details.get("weights", {}))
+            reduced = self._texts(track.formula, track.weights)[1]
         track.reduced = {label: replace(common, formula=without) for label, without in reduced.items()}
-        return [track.final, *track.reduced.values()]
+        yield [track.final, *track.reduced.values()]
 
     def _texts(self, index: int, weights: dict[str, float]) -> tuple[str, dict[str, str]]:
         """Return a formula with its weights, and without each of its terms, as texts; without a search once for all seeds."""
@@ -263,7 +274,7 @@ def trial_count(config: StudyConfig, formulas: Iterable[Formula]) -> int:
     """Return the number of trials that every formula gets: the one asked for, else 10 where any weight is `auto`."""
     if config.tuning.trials:
         return config.tuning.trials
-    return DEFAULT_TRIALS if any(formula.autos for formula in formulas) else 0
+    return DEFAULT_TRIALS if any(formula.searched for formula in formulas) else 0
 
 
 def _part(budget: int | None, share: float) -> int | None:

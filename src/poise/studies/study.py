@@ -541,7 +541,7 @@ def _rehearse(plan: Plan, objectives: Sequence[Objective]) -> None:
     from poise.studies.execute import rehearse
 
     for objective in objectives:
-        middle = {name: math.sqrt(auto.low * auto.high) for name, auto in objective.autos.items()}
+        middle = {name: math.sqrt(auto.low * auto.high) for name, auto in objective.searched.items()}
         rehearse(replace(plan.base, formula=str(objective.resolve(middle)), seed=plan.config.seeds[0]))
 
 

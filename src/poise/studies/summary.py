@@ -12,6 +12,7 @@ in points).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +88,32 @@ class SeedResult:
 
 
 @dataclass(frozen=True)
+class ConstraintFinding:
+    """Whether one constraint of a formula held at the end of its runs.
+
+    Attributes:
+        label: the constrained term.
+        seeds: runs that say so, and `feasible` how many of them held it.
+        violation: mean over the runs, signed; positive is infeasible (for an equality, either sign).
+    """
+
+    label: str
+    seeds: int
+    feasible: int
+    violation: float
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words: `l2: feasible`, `l2: not feasible on 2 of 5 seeds, mean violation 0.31`."""
+        if self.feasible == self.seeds:
+            return f"{self.label}: feasible"
+        lost = self.seeds - self.feasible
+        where = f" on {lost} of {self.seeds} seeds" if self.seeds > 1 else ""
+        mean = "mean violation" if self.seeds > 1 else "violation"
+        return f"{self.label}: not feasible{where}, {mean} {self.violation:.3g}"
+
+
+@dataclass(frozen=True)
 class FormulaSummary:
     """One compared formula: its metrics, its curves and its cost.
 
@@ -116,6 +143,25 @@ class FormulaSummary:
     def curves_of(self, kind: str) -> dict[str, Curve]:
         """Return the curves `kind/...` by the rest of their name: `curves_of("weight")["l2"]`."""
         return {name.split("/", 1)[1]: curve for name, curve in self.curves.items() if name.startswith(f"{kind}/")}
+
+    @property
+    def constraints(self) -> tuple[ConstraintFinding, ...]:
+        """Whether the constraints of the formula held; empty where it has none or where curves were left out."""
+        found = []
+        for name, curve in self.curves_of("constraint").items():
+            label, _, kind = name.rpartition("/")
+            last = self.curves.get(f"constraint/{label}/final_violation")
+            if kind == "feasible" and last is not None and curve.mean and last.mean:
+                # A run writes one point, at its own last step, so points of several steps are runs of several lengths.
+                rows = [value for row in curve.per_seed.values() for value in row if value is not None]
+                share = [value for value in rows or curve.mean if value is not None]
+                sizes = [v for row in last.per_seed.values() or [last.mean] for v in row if v is not None]
+                seeds = len(rows) or len(self.seeds)
+                if not share or not sizes or not seeds:
+                    continue
+                held = round(seeds * math.fsum(share) / len(share))
+                found.append(ConstraintFinding(label, seeds, held, math.fsum(sizes) / len(sizes)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

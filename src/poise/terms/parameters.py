@@ -41,6 +41,11 @@ class L2(_Penalty):
     formula = "l2"
     equation = "1/2 sum w^2"
 
+    @property
+    def strong_convexity(self) -> float:
+        """The least curvature that it gives a convex objective: 1 where it charges every parameter."""
+        return 1.0 if self.biases else 0.0
+
     def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
         charged = _charged(parameters, self.biases)
         if not charged:

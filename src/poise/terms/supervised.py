@@ -30,6 +30,25 @@ class CrossEntropy(Term):
         return F.cross_entropy(logits, target, reduction="none")
 
 
+class ErrorRate(Term):
+    """1 where the most likely class is not the target, else 0.
+
+    It has no gradient, so a weight before it moves nothing: it is there to be measured, as in
+    `constraint(cross_entropy, measured=error_rate, upper=0.05)`. Reads what `CrossEntropy` reads.
+
+    >>> ErrorRate()(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([0., 1.])
+    """
+
+    formula = "error_rate"
+    equation = "[argmax logits != target]"
+    expects = _CLASSES
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        classes = target.argmax(-1) if target.is_floating_point() else target
+        return (logits.argmax(-1) != classes).to(logits.dtype)
+
+
 class LabelSmoothing(Term):
     """Cross-entropy with targets smoothed towards uniform: `-sum_c ((1-epsilon) [c=target] + epsilon/C) log p_c`.
 

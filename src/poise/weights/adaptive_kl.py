@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from poise.coefficient import text
 from poise.errors import InputError
 from poise.objective import Objective, Summand, Term
-from poise.weights.constraint import DualWeight
+from poise.weights.constraint import DualWeight, PricedWeight
 
 
 class AdaptiveKL(nn.Module):
@@ -50,9 +50,9 @@ class AdaptiveKL(nn.Module):
         self.register_buffer("error", torch.tensor(0.0, dtype=torch.float64))
 
     @property
-    def sign(self) -> float:
-        """The weight is charged as it is."""
-        return 1.0
+    def weight(self) -> Tensor:
+        """What stands before the controlled term in this step."""
+        return self.multiplier
 
     def advance(self, measured: Tensor | float) -> None:
         """Move the weight by the divergence that was measured in this step; one that is not finite moves nothing."""
@@ -86,7 +86,7 @@ def adaptive_kl(
         InputError: an argument out of range, or a term that another multiplier moves already.
     """
     objective = controlled if isinstance(controlled, Objective) else Objective([Summand(controlled)])
-    if any(isinstance(s.weight, DualWeight) for s in objective.summands):
+    if any(isinstance(s.weight, PricedWeight) for s in objective.summands):
         raise InputError("adaptive_kl: the weight of a term is moved by one multiplier, and this one has one already.")
     module = AdaptiveKL(target, initial, gain, clip)
     return Objective(replace(s, weight=DualWeight(module, s.weight)) for s in objective.summands)

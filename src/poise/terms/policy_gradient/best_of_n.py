@@ -66,6 +66,11 @@ class BestOfN(Rewarded):
         self.constrained = constrained
         self.reward = reward_of("best_of_n", reward)
 
+    @property
+    def scale_free_reward(self) -> bool:
+        """The best answer stays the best."""
+        return True
+
     def readings(self) -> tuple[str, ...]:
         """Without `constrained`, no reference."""
         return () if self.constrained else ("reference_response_logps",)

@@ -167,6 +167,11 @@ class PPOClip(_Clipped):
         """What the advantages of a batch share."""
         return {None: (), "whitened": ("reward",)}.get(self.baseline, ("group",))
 
+    @property
+    def scale_free_reward(self) -> bool:
+        """Whitening divides a factor out again."""
+        return self.baseline in ("whitened", "whitened_group")
+
     def readings(self) -> tuple[str, ...]:
         """Groups are read where the baseline is of a group."""
         return super().readings() + (() if self.baseline in NEEDS_GROUP else ("group",))
@@ -237,6 +242,11 @@ class GRPO(_Clipped):
         """A deviation of the batch couples more than groups."""
         return ("reward",) if self.scale_rewards == "batch" else ("group",)
 
+    @property
+    def scale_free_reward(self) -> bool:
+        """The division by the deviation takes a factor out again."""
+        return self.scale_rewards != "none"
+
     def requirements(self) -> tuple[str, ...]:
         """The group is the baseline."""
         return (*super().requirements(), "group")
@@ -301,6 +311,11 @@ class RLOO(_Clipped):
     def couples(self) -> tuple[str, ...]:  # type: ignore[override]
         """Whitening couples the whole batch."""
         return ("reward",) if self.whiten else ("group",)
+
+    @property
+    def scale_free_reward(self) -> bool:
+        """Whitening divides a factor out again."""
+        return self.whiten
 
     def requirements(self) -> tuple[str, ...]:
         """The others of the group are the baseline."""

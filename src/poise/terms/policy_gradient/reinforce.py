@@ -81,6 +81,11 @@ class Reinforce(Rewarded):
             return ("reward",)
         return ("group",) if self.baseline in NEEDS_GROUP else ()
 
+    @property
+    def scale_free_reward(self) -> bool:
+        """Whitening divides a factor out again; running statistics follow it after a while."""
+        return self.baseline in ("whitened", "whitened_group")
+
     def readings(self) -> tuple[str, ...]:
         """Groups are read where the baseline is of a group."""
         return () if self.baseline in NEEDS_GROUP else ("group",)

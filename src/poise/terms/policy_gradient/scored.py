@@ -82,6 +82,11 @@ class Rewarded(Term):
     reward: Objective | None
     capabilities = frozenset({"potential", "deterministic"})
 
+    @property
+    def scale_free_reward(self) -> bool:
+        """Whether a positive factor on the reward changes nothing (but for the guard against a deviation of 0)."""
+        return False
+
     def composes(self) -> Mapping[str, Objective]:
         """The reward, where it is a sum of reward terms."""
         return {} if self.reward is None else {"reward": self.reward}

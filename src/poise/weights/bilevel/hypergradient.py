@@ -46,6 +46,7 @@ class Hypergradient:
         value: the upper objective at `x`, 0-dim.
         x: where it was taken: the given point, or the end of the unrolled steps.
         upper_gradient: d upper/dx there, of the form of x.
+        direct: d upper/d theta there, of the form of theta, which is part of `gradient`.
         cost: what this call evaluated.
         q: the solution of H q = d upper/dx, of the form of x; None where none is formed.
         residual: absolute, `norm(H q - d upper/dx)`; NaN where it is not measured. With samples the joint norm.
@@ -60,6 +61,7 @@ class Hypergradient:
     value: Tensor
     x: Tensors
     upper_gradient: Tensors
+    direct: Tensors
     cost: Counters
     q: Tensors | None = None
     residual: float = float("nan")
@@ -206,6 +208,7 @@ class ImplicitHypergradient:
             value=value,
             x=detached(x),
             upper_gradient=b,
+            direct=direct,
             cost=self.levels.counters.since(before),
             q=q,
             residual=float(torch.linalg.vector_norm(found.residual)),
@@ -307,6 +310,7 @@ class UnrolledHypergradient:
             value=value,
             x=end,
             upper_gradient=b,
+            direct=direct,
             cost=self.levels.counters.since(before),
             iterations=self.steps,
             status=f"unrolled {self.steps} steps, back through {self.truncate}",
