@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from poise.studies.intervals import Estimate, holm, t_interval, t_test
 from poise.studies.summary import (
@@ -300,3 +301,109 @@ def make_summary(
         machine={"platform": "Linux x86_64", "processor": "2 cores", "memory": "8.2 GB"},
         created="2026-11-22T18:30:12Z",
     )
+
+
+WAYS = (
+    ("cross_entropy + 0.001*l2 + 0.1*mixup", ("cross_entropy", "l2", "mixup")),
+    ("cross_entropy + 0.01*l2 + mixup", ("cross_entropy", "l2", "mixup")),
+    ("cross_entropy + auto*l2 + auto*mixup", ("cross_entropy", "l2", "mixup")),
+    (
+        "cross_entropy + auto(policy='bilevel')*l2 + auto(policy='bilevel')*mixup",
+        ("cross_entropy", "l2", "mixup"),
+    ),
+    ("cross_entropy + constraint(l2, upper=20)", ("cross_entropy", "l2")),
+)
+
+
+def make_policy_summary(
+    *,
+    seeds: int = 3,
+    steps: int = 400,
+    label: Callable[[str], str] = lambda text: text,
+    parts: frozenset[str] = frozenset(),
+) -> Summary:
+    """Build a summary with a grid (A, B), a search (C), a policy that writes every curve (D) and a constraint (E).
+
+    `parts` names the kinds of curves that are there; all of them where it is empty.
+    """
+    made = make_summary(WAYS, seeds=seeds, steps=steps, label=label, tuned=True, gains=(0.05, 0.08, 0.09, 0.1, 0.06))
+    formulas = []
+    for entry in made.formulas:
+        curves = dict(entry.curves)
+        if entry.index == 3:
+            curves |= {
+                n: c for n, c in policy_curves(seeds, steps, label).items() if not parts or n.split("/")[1] in parts
+            }
+        if entry.index in (3, 4):
+            curves |= constraint_curves(seeds, steps, label("l2"), entry.index == 4)
+        tuning = 41.0 if entry.index == 2 else 0.0
+        formulas.append(
+            replace(
+                entry,
+                curves=curves,
+                cost=replace(entry.cost, tuning_seconds=tuning),
+                selected=entry.selected if entry.index == 2 else {},
+            )
+        )
+    trials = tuple(row for row in made.trials if row.formula == 2)
+    return replace(made, formulas=tuple(formulas), trials=trials)
+
+
+def policy_curves(seeds: int, steps: int, label: Callable[[str], str]) -> dict[str, Curve]:
+    """Return the curves of one policy over two weights."""
+    draw = random.Random(3)
+    grid, numbers = list(range(0, steps + 1, max(steps // 40, 1))), range(seeds)
+
+    def over(function: Callable[[float], float], noise: float, name: str) -> Curve:
+        return curve(name, grid, {s: [function(g / steps) + draw.gauss(0, noise) for g in grid] for s in numbers})
+
+    def rising(level: float) -> Callable[[float], float]:
+        return lambda t: level * (1 - math.exp(-4 * t)) + 0.02
+
+    shapes: dict[str, tuple[Callable[[float], float], float]] = {
+        f"policy/weight/{label('l2')}": (rising(0.4), 0.01),
+        f"policy/weight/{label('mixup')}": (rising(1.1), 0.03),
+        f"policy/gradient_norm/{label('cross_entropy')}": (lambda t: 0.2 + 2 * math.exp(-3 * t), 0.05),
+        f"policy/gradient_norm/{label('l2')}": (lambda t: 0.4 + 0.5 * t, 0.02),
+        f"policy/gradient_norm/{label('mixup')}": (lambda t: 0.3 + math.exp(-2 * t), 0.05),
+        f"policy/hypergradient/{label('l2')}": (lambda t: -0.5 * math.exp(-4 * t), 0.02),
+        f"policy/hypergradient/{label('mixup')}": (lambda t: -0.2 * math.exp(-3 * t) + 0.02, 0.02),
+        f"policy/cosine/{label('cross_entropy')},{label('l2')}": (lambda t: 0.3 - 0.8 * t, 0.05),
+        f"policy/cosine/{label('cross_entropy')},{label('mixup')}": (lambda t: 0.6 - 0.2 * t, 0.05),
+        "policy/training_objective": (lambda t: 0.2 + 2 * math.exp(-4 * t), 0.03),
+        "policy/validation_objective": (lambda t: 0.5 + 1.8 * math.exp(-4 * t) + 0.1 * t, 0.03),
+        "policy/hypervolume": (rising(2.0), 0.02),
+    }
+    found = {name: over(function, noise, name) for name, (function, noise) in shapes.items()}
+    found["policy/hypergradient_error"] = curve(
+        "error", grid, {s: [10 ** (-4 * g / steps + draw.gauss(0, 0.1)) for g in grid] for s in numbers}
+    )
+    points = list(range(9))
+    found[f"policy/front/{label('cross_entropy')}"] = curve(
+        "x", points, {s: [0.3 + 0.1 * p + draw.gauss(0, 0.01) for p in points] for s in numbers}
+    )
+    found[f"policy/front/{label('l2')}"] = curve(
+        "y", points, {s: [2 / (1 + p) + draw.gauss(0, 0.03) for p in points] for s in numbers}
+    )
+    found["policy/front_chosen"] = curve(
+        "chosen", points, {s: [float(p == 2 + s % 2) for p in points] for s in numbers}
+    )
+    return found
+
+
+def constraint_curves(seeds: int, steps: int, label: str, lost: bool) -> dict[str, Curve]:
+    """Return the curves of one constraint; the last seed does not hold it where it is `lost`."""
+    draw = random.Random(4)
+    grid, numbers = list(range(0, steps + 1, max(steps // 40, 1))), range(seeds)
+    left = {s: 3.0 if lost and s == seeds - 1 else 0.0 for s in numbers}
+    violation = {
+        s: [left[s] + 20 * math.exp(-6 * g / steps) * math.cos(14 * g / steps) + draw.gauss(0, 0.1) for g in grid]
+        for s in numbers
+    }
+    multiplier = {s: [0.02 * (1 - math.exp(-5 * g / steps)) + 1e-5 * left[s] * g for g in grid] for s in numbers}
+    return {
+        f"constraint/{label}/violation": curve("violation", grid, violation),
+        f"constraint/{label}/multiplier": curve("multiplier", grid, multiplier),
+        f"constraint/{label}/feasible": curve("feasible", [steps], {s: [float(not left[s])] for s in numbers}),
+        f"constraint/{label}/final_violation": curve("final", [steps], {s: [left[s]] for s in numbers}),
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from report_browser import CHROMIUM, Browser
-from report_example import PYTHON, make_summary
+from report_example import PYTHON, make_policy_summary, make_summary
 from test_report_embedding import HOSTILE
 from test_report_figures import FIVE
 
@@ -37,6 +37,12 @@ def page(folder: Path) -> Path:
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with few figures, for what does not depend on them."""
     return write_report(make_summary(seeds=2, steps=60), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def policy_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with constraints and with weights that set themselves."""
+    return write_report(make_policy_summary(), tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,35 @@ def test_the_page_never_scrolls_sideways(browser: Browser, page: Path, width: in
     browser.run("document.querySelectorAll('details').forEach(box => { box.open = true })")
     browser.wait(f"{DRAWN} === document.querySelectorAll('.plot').length")
     assert browser.run(OVERFLOW) == 0
+
+
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (1280, False), (1280, True)])
+def test_constraints_and_policies_are_drawn_in_every_width_and_theme_without_the_network(
+    browser: Browser, policy_page: Path, width: int, dark: bool
+) -> None:
+    browser.show(width, 844, touch=width < 800, dark=dark)
+    browser.open(policy_page)
+    browser.run("document.querySelectorAll('details').forEach(box => { box.open = true })")
+    browser.wait(f"{DRAWN} === document.querySelectorAll('.plot').length")
+    assert browser.run(OVERFLOW) == 0
+    for section, drawn in (("constraints", 2), ("policies", 8)):
+        assert browser.run(f"document.querySelectorAll('#{section} .plot svg.main-svg').length") >= drawn
+        assert browser.run(f"document.querySelector('nav a[href=\"#{section}\"]') !== null")
+    assert all(url.startswith(("file://", "data:")) for url in browser.requests)
+    assert browser.problems == []
+
+
+def test_a_button_of_the_weights_hides_that_weight_in_all_its_figures(browser: Browser, policy_page: Path) -> None:
+    browser.open(policy_page)
+    button = 'document.querySelector(\'button[data-charts^="policy-weight-3"][data-formula="0"]\')'
+    assert browser.run(f"{button}.textContent.trim()").startswith("1")
+    browser.run(f"{button}.click()")
+    for chart in ("weight", "gradient-norm", "hypergradient"):
+        shown = f"document.getElementById('plot-policy-{chart}-3').data.filter(t => t.visible).map(t => t.meta.formula)"
+        assert 0 not in browser.run(shown)
+        assert 1 in browser.run(shown)
+    other = "document.getElementById('plot-policy-cosine-3').data.filter(t => t.visible).map(t => t.meta.formula)"
+    assert 0 in browser.run(other)
 
 
 def test_a_change_of_theme_recolours_page_and_figures_at_once(browser: Browser, small_page: Path) -> None:

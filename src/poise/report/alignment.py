@@ -64,7 +64,8 @@ class Alignment:
 
 def alignment_of(page: Page) -> Alignment | None:
     """Return the section, or None where no run trained a language model."""
-    if not any(run.details for formula in page.summary.formulas for run in formula.seeds):
+    # Every run may say what its policies chose; only language models say more.
+    if not any(run.details.keys() - {"weights"} for formula in page.summary.formulas for run in formula.seeds):
         return None
     titles = {"valid/chosen_shift": "Chosen answers", "valid/rejected_shift": "Rejected answers"}
     likelihoods = [

@@ -39,9 +39,15 @@ class Line:
     upper: Numbers
     runs: tuple[Numbers, ...] = ()
     averaged: int = 1
+    mark: str = ""
+
+    @property
+    def sign(self) -> str:
+        """What stands at the end of the line: the formula's letter, or a mark of its own."""
+        return self.mark or palette.letter(self.formula)
 
     @classmethod
-    def of(cls, formula: int, text: str, curve: Curve, scale: float = 1.0) -> Line:
+    def of(cls, formula: int, text: str, curve: Curve, scale: float = 1.0, mark: str = "") -> Line:
         """Take a curve, at most `POINTS` points of it, in the unit that is drawn."""
         size = math.ceil(len(curve.steps) / POINTS)
         return cls(
@@ -53,6 +59,7 @@ class Line:
             upper=_blocks(curve.upper, size, scale),
             runs=tuple(_blocks(values, size, scale) for values in curve.per_seed.values()),
             averaged=max(size, 1),
+            mark=mark,
         )
 
     def end(self) -> tuple[float, float] | None:
@@ -83,12 +90,18 @@ def curves(
     logarithmic: bool = False,
     pixels: int = 320,
     across: str = "training step",
+    zero: bool = False,
+    stepped: bool = False,
 ) -> Figure:
     """Draw one line a formula over the training steps, with its band over seeds and its letter at the end.
 
-    `pixels` is the height of the figure, by which the letters keep their distance.
+    `pixels` is the height of the figure, by which the letters keep their distance; `zero` draws a line at 0 and keeps it in sight;
+    `stepped` lines hold a value until the next one.
     """
     bottom, top = _frame(lines, logarithmic)
+    if zero:
+        room = 0.05 * (top - bottom)
+        bottom, top = min(bottom, -room), max(top, room)
     data: list[dict[str, Any]] = []
     for line in lines:
         band = _band(line, bottom, top)
@@ -103,10 +116,11 @@ def curves(
                 "mode": "lines" if len(line.steps) > 1 else "markers",
                 "x": line.steps,
                 "y": line.mean,
-                "name": f"{palette.letter(line.formula)}  {figure_text(line.text, _HOVER_NAME)}",
+                "name": f"{line.sign}  {figure_text(line.text, _HOVER_NAME)}",
                 "line": {
                     "color": palette.colour(line.formula),
                     "width": 2.2,
+                    **({"shape": "hv"} if stepped else {}),
                     "dash": f"8px,{8 * covers}px" if covers else palette.dash(line.formula),
                 },
                 "marker": {"color": palette.colour(line.formula), "size": 8},
@@ -122,8 +136,9 @@ def curves(
     return {
         "data": data,
         "layout": {
-            "margin": {"l": 48, "r": 26, "t": 10, "b": 40},
+            "margin": {"l": 48, "r": 18 + 8 * max((len(line.sign) for line in lines), default=1), "t": 10, "b": 40},
             "hovermode": "x unified",
+            **({"shapes": [_level_line(0.0)]} if zero else {}),
             "showlegend": False,
             "xaxis": {
                 "title": {"text": across},
@@ -133,6 +148,19 @@ def curves(
             },
             "yaxis": axis,
         },
+    }
+
+
+def _level_line(height: float) -> dict[str, Any]:
+    """Return a line across the whole figure."""
+    ends = {"x0": 0, "x1": 1, "y0": height, "y1": height}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "yref": "y",
+        **ends,
+        "layer": "below",
+        "line": {"width": 1.5, "color": "zero"},
     }
 
 
@@ -240,7 +268,7 @@ def _letters(lines: Sequence[Line], bottom: float, top: float, logarithmic: bool
                 "mode": "text",
                 "x": [last],
                 "y": [y],
-                "text": [f" <b>{palette.letter(line.formula)}</b>"],
+                "text": [f" <b>{figure_text(line.sign)}</b>"],
                 "textposition": "middle right",
                 "textfont": {"color": palette.colour(line.formula), "size": 13},
                 "cliponaxis": False,
@@ -463,6 +491,76 @@ def cost_quality(
                 "ticksuffix": price if price == " s" else "",
             },
             "yaxis": {"title": {"text": f"test {figure_text(metric.title, 40)}"}, "ticksuffix": unit, "nticks": 6},
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Front:
+    """What one run found between two objectives, both to be minimised.
+
+    Attributes:
+        formula, seed: which run.
+        points: the two objectives of every point.
+        chosen: place of the point that the run ended with, or None.
+    """
+
+    formula: int
+    seed: int
+    points: tuple[tuple[float, float], ...]
+    chosen: int | None
+
+    def staircase(self) -> tuple[tuple[float, float], ...]:
+        """Return the points that no other one dominates, from left to right."""
+        best: list[tuple[float, float]] = []
+        for x, y in sorted(set(self.points)):
+            if not best or y < best[-1][1]:
+                best.append((x, y))
+        return tuple(best)
+
+
+def fronts(found: Sequence[Front], across: str, upward: str) -> Figure:
+    """Draw every run's front as a staircase, its points, and a ring about the point that was chosen."""
+    data: list[dict[str, Any]] = []
+    for front in found:
+        stairs, letter = front.staircase(), palette.letter(front.formula)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [x for x, _ in stairs],
+                "y": [y for _, y in stairs],
+                "line": {"color": palette.colour(front.formula, 0.5), "width": 1.6, "shape": "hv"},
+                "hoverinfo": "skip",
+                "meta": {"formula": front.formula},
+            }
+        )
+        rings = [1.8 if place == front.chosen else 0 for place in range(len(front.points))]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [x for x, _ in front.points],
+                "y": [y for _, y in front.points],
+                "marker": {
+                    "color": palette.colour(front.formula),
+                    "size": [13 if ring else 7 for ring in rings],
+                    "symbol": palette.symbol(front.formula),
+                    "line": {"color": "ink", "width": rings},
+                },
+                "customdata": ["chosen" if ring else "point" for ring in rings],
+                "hovertemplate": f"{letter}, seed {front.seed}, %{{customdata}}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
+                "meta": {"formula": front.formula},
+            }
+        )
+    return {
+        "data": data,
+        "layout": {
+            "margin": {"l": 52, "r": 18, "t": 10, "b": 44},
+            "hovermode": "closest",
+            "showlegend": False,
+            "xaxis": {"title": {"text": figure_text(across, 40)}, "nticks": 6},
+            "yaxis": {"title": {"text": figure_text(upward, 40)}, "nticks": 6},
         },
     }
 

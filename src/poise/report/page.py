@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from poise.report import figures, palette, wording
 from poise.report.alignment import CURVES, alignment_of
+from poise.report.constraints import CONSTRAINT_CURVES, constraints_of
 from poise.report.embed import figure_text
 from poise.report.figures import Figure, Line, Point, Row
+from poise.report.policies import policies_of, stands_here
 
 if TYPE_CHECKING:
     from poise.studies.intervals import Estimate
@@ -201,6 +203,8 @@ class Page:
         self.terms = self._term_panels()
         self.other_curves = self._other_curves()
         self.alignment = alignment_of(self)
+        self.constraints = constraints_of(self)
+        self.policies = policies_of(self)
         self.cost_chart = self._cost_chart()
         self.trial_charts = self._trial_charts()
         self.data_facts = self._data_facts()
@@ -379,18 +383,43 @@ class Page:
         )
 
     def curve(
-        self, id: str, name: str, title: str, *, height: int, across: str = "training step"
+        self,
+        id: str,
+        name: str,
+        title: str,
+        *,
+        height: int,
+        across: str = "training step",
+        zero: bool = False,
+        decades: bool = False,
     ) -> CurveSection | None:
-        """Return a curve that is drawn as it is, for a section of its own."""
+        """Return a curve that is drawn as it is, for a section of its own.
+
+        Args:
+            zero: draw a line at 0.
+            decades: let values over several decades have a logarithmic axis.
+        """
         # With a direction, so that an axis of nats stays linear.
-        return self._curve(id, name, title, Scale(1.0, "", ".4g", "min"), height, across)
+        scale = Scale.plain() if decades else Scale(1.0, "", ".4g", "min")
+        return self._curve(id, name, title, scale, height, across, zero)
+
+    def put(self, chart: Chart) -> Chart:
+        """Put a whole chart on the page, for a section of its own."""
+        return self._chart(chart)
 
     def add_chart(self, id: str, figure: Figure, says: str, formulas: Sequence[int]) -> Chart:
         """Put a figure on the page, for a section of its own."""
         return self._chart(Chart(id=id, figure=figure, says=says, keys=self._keys_of(formulas), height=320))
 
     def _curve(
-        self, id: str, name: str, title: str, scale: Scale, height: int = 320, across: str = "training step"
+        self,
+        id: str,
+        name: str,
+        title: str,
+        scale: Scale,
+        height: int = 320,
+        across: str = "training step",
+        zero: bool = False,
     ) -> CurveSection | None:
         """Return a curve of all formulas that recorded it, with the numbers below it."""
         lines = [
@@ -420,6 +449,7 @@ class Page:
                     logarithmic=logarithmic,
                     pixels=height,
                     across=across,
+                    zero=zero,
                 ),
                 says=f"{title}, by {across}: {says}.",
                 keys=self._keys_of([line.formula for line in lines]),
@@ -447,7 +477,9 @@ class Page:
             name
             for formula in self.summary.formulas
             for name in sorted(formula.curves)
-            if name not in shown and not name.startswith(("term/", "weight/", "active/"))
+            if name not in shown
+            and not name.startswith(("term/", "weight/", "active/", *CONSTRAINT_CURVES))
+            and not stands_here(name)
         )
         sections: list[CurveSection] = []
         for name in names:

@@ -157,8 +157,10 @@ class FormulaSummary:
                 share = [value for value in rows or curve.mean if value is not None]
                 sizes = [v for row in last.per_seed.values() or [last.mean] for v in row if v is not None]
                 seeds = len(rows) or len(self.seeds)
+                if not share or not sizes or not seeds:
+                    continue
                 held = round(seeds * math.fsum(share) / len(share))
-                found.append(ConstraintFinding(label, seeds, held, math.fsum(sizes) / max(1, len(sizes))))
+                found.append(ConstraintFinding(label, seeds, held, math.fsum(sizes) / len(sizes)))
         return tuple(found)
 
 
