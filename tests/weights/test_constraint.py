@@ -197,6 +197,14 @@ def test_the_augmented_lagrangian_convexifies_where_the_lagrangian_has_no_minimu
         assert (distance < 1e-4) is settles
 
 
+@pytest.mark.parametrize(("stiffness", "settles"), [(0.95, True), (1.05, False)])
+def test_the_penalty_is_stable_up_to_the_limit_that_its_lag_of_one_step_sets(stiffness: float, settles: bool) -> None:
+    """x_{t+1} = x_t - s x_{t-1} with s = step size * rho * |grad g|^2: the roots lie in the unit circle for s < 1."""
+    held = constraint(Linear(double(0.6, 0.8)), equal=1, lr=1e-9, method="augmented", rho=stiffness / 0.1)
+    found, _ = solve(held + Objective(), 2, 0.1, 400)
+    assert (abs(float(found @ double(0.6, 0.8)) - 1) < 1e-2) is settles
+
+
 # ---- the rules, step by step -----------------------------------------------------------------------------------------
 
 
