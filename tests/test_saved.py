@@ -169,3 +169,11 @@ def test_predictions_are_written_with_the_digits_that_float32_holds() -> None:
     file = io.StringIO()
     Predictions(["a"], torch.tensor([[0.25, 0.75]]), ("a", "b")).write_csv(file)
     assert file.getvalue() == "prediction,probability of a,probability of b\na,0.25,0.75\n"
+
+
+def test_a_model_with_gates_is_saved_as_the_plain_model_that_it_is_at_its_hyperparameters(tmp_path: Path) -> None:
+    formula = "cross_entropy + auto(policy='bilevel', method='self_tuning')*l2 with best_response(n_hyper=1)"
+    fit("digits", formula, "--epochs", "2", "--save", tmp_path / "model")
+    saved = SavedModel.load(tmp_path / "model")
+    assert saved.config["weights"]["l2"] > 0
+    assert len(saved.predict(torch.zeros(3, 64)).values) == 3

@@ -129,7 +129,7 @@ class Policies:
         for owner in self.owners:
             signals = make(
                 tuple(owner.weights), rows, problem, weights={n: w.current for n, w in owner.weights.items()},
-                shared=None if owner.balances else "all",
+                shared=None if owner.balances else "all", on=getattr(owner.policy, "features", None),
             )  # fmt: skip
             every.append(signals)
             for name, weight in owner.policy.weights(signals).items():

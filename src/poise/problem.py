@@ -24,6 +24,7 @@ from poise.coefficient import value_of
 from poise.errors import IncompatibleError, InputError
 from poise.objective import Objective, _Part
 from poise.quantities import Quantities
+from poise.weights.feature_table import FeatureTable, features_of
 from poise.weights.gradient_table import GradientTable
 from poise.weights.owned import without_owned
 
@@ -208,18 +209,19 @@ class Signals:
         lr: float = 1.0,
         metrics: Mapping[str, float] | None = None,
         shared: Sequence[str] | str | None = None,
+        on: str | None = None,
     ) -> None:
         self.names, self.rows, self.problem = tuple(names), rows, problem
         self.weights = dict(weights or {})
         self.step, self.steps, self.lr = step, steps, lr
         self.metrics: Mapping[str, float] = dict(metrics or {})
-        self.shared = shared
+        self.shared, self.on = shared, on
         self._validation = validation
 
     @cached_property
     def gradients(self) -> GradientTable:
         """One gradient for each weight: one forward pass, a backward pass for each. The update of the step uses them again."""
-        return self.problem.table({name: self.rows[name] for name in self.names}, shared=self.shared)
+        return self.problem.table({name: self.rows[name] for name in self.names}, shared=self.shared, on=self.on)
 
     @cached_property
     def values(self) -> Tensor:
@@ -478,17 +480,23 @@ class Problem:
             self.value()
 
     def table(
-        self, rows: Mapping[str, Mapping[str, float]], shared: Sequence[str] | str | None = None
+        self,
+        rows: Mapping[str, Mapping[str, float]],
+        shared: Sequence[str] | str | None = None,
+        on: str | None = None,
     ) -> GradientTable:
         """Return one gradient for each row, over micro-batches and processes: one forward pass and a backward pass for each.
 
         Args:
             rows: by name, the terms' labels and their factors; a term may stand in several rows.
             shared: names of the parameters that are weighed against each other; by default those that two rows reach; "all" for all.
+            on: a submodule; then rows are gradients on what it puts out, and what lies below is passed once (`FeatureTable`).
 
         Raises:
             InputError: a row reaches no shared parameter.
         """
+        if on is not None:
+            return self._feature_table(rows, on)
         names, points = list(self.parameters), list(self.parameters.values())
         found: list[list[Tensor | None]] = [[None] * len(points) for _ in range(len(rows) + 1)]
         values = [torch.zeros(()) for _ in rows]
@@ -514,6 +522,18 @@ class Problem:
         gradients = [{n: g for n, g in zip(names, row, strict=True) if g is not None} for row in found]
         table = GradientTable(tuple(rows), torch.stack(values), gradients[:-1], shared)
         self._table = table, gradients[-1]
+        return table
+
+    def _feature_table(self, rows: Mapping[str, Mapping[str, float]], on: str) -> GradientTable:
+        table = FeatureTable(tuple(rows), self.parameters)
+        with features_of(self.model, on) as seen, torch.enable_grad():
+
+            def gather(total: Tensor, parts: Mapping[str, _Part]) -> None:
+                table.add([_row(parts, factors) for factors in rows.values()], [*seen], _row(parts, self._fixed(rows)))
+                seen.clear()
+
+            self._evaluate(None, None, gather)
+        self._table = table, {}
         return table
 
     @property
@@ -542,7 +562,11 @@ class Problem:
             return
         table, rest = self._table
         numbers = torch.tensor([float(weights[label]) for label in table.labels], dtype=torch.float64)
-        every = table if own else GradientTable(table.labels, table.values, table.rows, "all")
+        every = (
+            table
+            if own or isinstance(table, FeatureTable)
+            else GradientTable(table.labels, table.values, table.rows, "all")
+        )
         total = every.combine(numbers)
         for name, g in rest.items():
             total[name] = total[name] + g if name in total else g

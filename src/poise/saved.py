@@ -159,11 +159,11 @@ def save_model(
     """
     from safetensors.torch import save_model as save_weights
 
-    from poise.parts.companding import folded_copy
+    from poise.parts import plain_copy
 
     place = Path(folder)
     # What a part did to the weights is worked into them: the files hold the plain model.
-    model = folded_copy(run.model).to("cpu").eval()
+    model = plain_copy(run.model).to("cpu").eval()
     notes: list[str] = []
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -192,6 +192,7 @@ def _config(run: Run, task: Task, split: Split, spec: RunSpec, metrics: dict[str
         "format": FORMAT,
         "versions": {"poise": __version__, "torch": str(torch.__version__)},
         "formula": spec.formula,
+        "weights": run.weights,  # what policies set within the run
         "model": choose_model(spec.model, task.input_shape),
         "task": {
             "name": task.name,

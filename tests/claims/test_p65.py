@@ -36,7 +36,7 @@ def study(influence: list[float], guidance: list[float]) -> Study:
             [6e-3] * 4,
             [4.5e-3] * 2 + [3e-3] * 2,
             "fails",
-            "in 2 of 4 bandits only: what it does is the size of the step",
+            "is better in 2 of 4 bandits: what it does is the size of the step",
         ),
     ],
 )

@@ -16,15 +16,20 @@ def test_a_corrupted_image_is_an_image_and_severity_0_leaves_it(name: str, side:
     before = images.clone()
     one = corrupt(images, name, 1.0, generator=torch.Generator().manual_seed(1))
     two = corrupt(images, name, 1.0, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(images, before) and torch.equal(one, two)
-    assert one.shape == images.shape and 0 <= float(one.min()) and float(one.max()) <= 1
+    assert torch.equal(images, before)
+    assert torch.equal(one, two)
+    assert one.shape == images.shape
+    assert float(one.min()) >= 0
+    assert float(one.max()) <= 1
     assert torch.equal(one, images) is (name == "identity")
     none = corrupt(images, name, 0.0, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(none, images, atol=1e-5, rtol=0)
 
 
 def test_there_are_sixteen_and_eight_of_them_suit_small_digits() -> None:
-    assert len(CORRUPTIONS) == 16 and len(EIGHT) == 8 and set(EIGHT) < set(CORRUPTIONS)
+    assert len(CORRUPTIONS) == 16
+    assert len(EIGHT) == 8
+    assert set(EIGHT) < set(CORRUPTIONS)
 
 
 def test_what_is_no_corruption_is_refused_with_the_nearest_name() -> None:

@@ -70,9 +70,11 @@ def test_the_budget_goes_to_the_sources_that_matter() -> None:
     assert int(result.counts.sum()) == 2400 == sum(n for _, n in world.asked)
     assert int(result.counts[-2:].sum()) > 1500
     assert [r.samples for r in result.rounds] == [720, 2400]
-    assert result.rounds[0].tasks_used == TASKS and result.rounds[1].tasks_used <= RANK + 1
+    assert result.rounds[0].tasks_used == TASKS
+    assert result.rounds[1].tasks_used <= RANK + 1
     assert result.curve()[1][1] < result.curve()[0][1]
-    assert result.samples_to_reach(result.curve()[1][1]) == 2400 and result.samples_to_reach(0.0) is None
+    assert result.samples_to_reach(result.curve()[1][1]) == 2400
+    assert result.samples_to_reach(0.0) is None
     assert result.report.rows[0].task in ("10", "11")
 
 
@@ -99,7 +101,8 @@ def test_a_search_that_is_stopped_and_resumed_is_the_same_search() -> None:
     second = search(World(), epochs=3)
     second.load_state_dict(state)
     again = second.run()
-    assert torch.equal(again.counts, whole.counts) and torch.equal(again.head, whole.head)
+    assert torch.equal(again.counts, whole.counts)
+    assert torch.equal(again.head, whole.head)
     assert again.rounds[1:] == whole.rounds[1:]
     with pytest.raises(StateError, match="has run its 3 epochs"):
         second.step()
@@ -108,7 +111,8 @@ def test_a_search_that_is_stopped_and_resumed_is_the_same_search() -> None:
 def test_what_runs_out_is_redistributed() -> None:
     available = torch.full((TASKS,), 500)
     result = search(World(), available=available).run()
-    assert bool((result.counts <= available).all()) and int(result.counts.sum()) == 2400
+    assert bool((result.counts <= available).all())
+    assert int(result.counts.sum()) == 2400
 
 
 def test_money_is_counted_where_samples_have_a_price() -> None:
@@ -166,10 +170,12 @@ def test_the_shares_of_a_search_weigh_a_run_over_its_sources() -> None:
 
 def test_baselines_share_out_what_they_say() -> None:
     world = World()
-    assert uniform_counts(7, 100).sum() == 100 and uniform_counts(7, 100).max() == 15
+    assert uniform_counts(7, 100).sum() == 100
+    assert uniform_counts(7, 100).max() == 15
     assert proportional_counts([1, 1, 2], 40, floor=12).tolist() == [12, 12, 16]
     counts = oracle_counts(world.heads, world.goal, 2400, floor=5)
-    assert int(counts.sum()) == 2400 and int(counts[:-2].max()) <= 600
+    assert int(counts.sum()) == 2400
+    assert int(counts[:-2].max()) <= 600
     x, y = world.target
     torch.testing.assert_close(target_only(x, y), torch.linalg.lstsq(x, y[:, None]).solution[:, 0])
     even = gradient_similarity(torch.tensor([[-1.0, 0.0]]), torch.tensor([1.0, 0.0]))
@@ -180,7 +186,8 @@ def test_gradients_find_a_source_that_agrees() -> None:
     world = World()
     gradients = world.heads.T @ world.basis.T  # of the squared error at 0, where x has covariance 1
     shares = gradient_similarity(gradients, world.basis @ world.goal)
-    assert float(shares.sum()) == pytest.approx(1) and int((shares > 0).sum()) > RANK  # it spreads where nu1 does not
+    assert float(shares.sum()) == pytest.approx(1)
+    assert int((shares > 0).sum()) > RANK
 
 
 def test_what_does_not_fit_is_refused() -> None:

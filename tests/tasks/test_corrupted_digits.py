@@ -28,9 +28,12 @@ def test_no_base_image_is_in_a_source_and_in_the_target_not_even_as_a_copy() -> 
 
 def test_the_sources_are_all_digits_under_all_other_corruptions() -> None:
     tasks = CorruptedDigits("digits", ("rotate", 3))
-    assert len(tasks) == 70 and "blur/0" in tasks.names and not any(n.startswith("rotate") for n in tasks.names)
+    assert len(tasks) == 70
+    assert "blur/0" in tasks.names
+    assert not any(n.startswith("rotate") for n in tasks.names)
     x, y = tasks.target
-    assert x.shape == (100, 64) and set(y.tolist()) == {-1.0, 1.0}
+    assert x.shape == (100, 64)
+    assert set(y.tolist()) == {-1.0, 1.0}
     torch.testing.assert_close(x.mean(1), torch.zeros(100), atol=1e-5, rtol=0)
     assert len(tasks.test[0]) == round(0.4 * 1797)
 

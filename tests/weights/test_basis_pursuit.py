@@ -29,7 +29,8 @@ def test_the_answer_equals_brute_force_over_all_bases(rows: int, more: int, seed
     found = basis_pursuit(w, goal)
     assert np.abs(found.coefficients).sum() == pytest.approx(best, rel=1e-9)
     assert len(found.support) <= rows
-    assert found.residual < 1e-9 * np.linalg.norm(goal) and found.gap < 1e-9
+    assert found.residual < 1e-9 * np.linalg.norm(goal)
+    assert found.gap < 1e-9
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 40), (20, 400), (50, 1000)])
@@ -118,7 +119,8 @@ def test_where_columns_tie_the_linear_program_takes_over() -> None:
     w = np.array([[1.0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 1]])
     found = basis_pursuit(w, np.ones(3))
     assert np.abs(found.coefficients).sum() == pytest.approx(1.5)
-    assert found.residual < 1e-9 and found.gap < 1e-9
+    assert found.residual < 1e-9
+    assert found.gap < 1e-9
 
 
 def test_a_tie_is_reported_as_an_alternate() -> None:
@@ -131,7 +133,8 @@ def test_a_tie_is_reported_as_an_alternate() -> None:
 def test_a_target_of_lower_rank_needs_fewer_columns() -> None:
     w, _ = problem(5, 20)
     found = basis_pursuit(w, 2 * w[:, 3])
-    assert np.abs(found.coefficients).sum() <= 2 + 1e-9 and found.residual < 1e-9
+    assert np.abs(found.coefficients).sum() <= 2 + 1e-9
+    assert found.residual < 1e-9
     assert not basis_pursuit(w, np.zeros(5)).coefficients.any()
 
 

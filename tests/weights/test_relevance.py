@@ -186,7 +186,8 @@ def test_the_path_and_the_reasons_are_there_to_look_at() -> None:
         larger = w.clone()
         larger[:, task] *= factor / (1 - out.reduced_cost)
         assert bool(LassoRelevance(lam=0.0).fit(larger, target)[task] != 0) is inside
-    assert "of that of uniform sampling" in report.top(3) and "9 more tasks" in report.top(3)
+    assert "of that of uniform sampling" in report.top(3)
+    assert "9 more tasks" in report.top(3)
     assert report.efficiency == pytest.approx(efficiency(w, target, counts))
 
 
@@ -208,7 +209,8 @@ def test_counts_sum_exactly_and_keep_floors_and_caps(seed: int, budget: int, flo
     available = torch.randint(5, 2000, (12,), generator=torch.Generator().manual_seed(seed))
     budget = min(budget, int(available.sum()))
     counts = relevance.allocate(budget, available)
-    assert counts.dtype == torch.int64 and int(counts.sum()) == budget
+    assert counts.dtype == torch.int64
+    assert int(counts.sum()) == budget
     assert bool((counts >= torch.minimum(torch.tensor(floor), available)).all() and (counts <= available).all())
 
 
@@ -275,7 +277,8 @@ def test_opening_costs_choose_few_tasks_nearly_as_well_as_brute_force() -> None:
         nu = relevance.relevance
         ratios.append(float(nu.abs().sum()) ** 2 / (1000 - float(opening[nu != 0].sum())) / best)
     assert min(ratios) >= 1 - 1e-9
-    assert np.median(ratios) < 1.001 and max(ratios) < 1.35  # a heuristic: exact in most cases, never far off
+    assert np.median(ratios) < 1.001
+    assert max(ratios) < 1.35
 
 
 def test_samples_that_are_there_count_and_are_never_given_back() -> None:
@@ -284,7 +287,8 @@ def test_samples_that_are_there_count_and_are_never_given_back() -> None:
     relevance.fit(w, target)
     drawn = torch.full((12,), 40)
     counts = relevance.allocate(1000, drawn=drawn)
-    assert int(counts.sum()) == 1000 and bool((counts >= drawn).all())
+    assert int(counts.sum()) == 1000
+    assert bool((counts >= drawn).all())
     # what is drawn in two steps is what is drawn in one, where the first step stays below it
     grown = relevance.allocate(2000, drawn=counts)
     assert torch.equal(grown, relevance.allocate(2000, drawn=drawn))

@@ -12,7 +12,8 @@ import poise
 from poise.errors import InputError
 from poise.objective import Streams
 from poise.terms import SquaredError
-from poise.weights import SourceWeights
+from poise.weights import SourceRelevance, SourceWeights
+from poise.weights.source_weights import relevance_of_gradients
 
 
 def sources() -> dict[str, tuple[Tensor, Tensor]]:
@@ -21,10 +22,10 @@ def sources() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (x, (i + 1) * x.sum(1)) for i, name in enumerate("abc")}
 
 
-def fitted(objective: object, train: object, steps: int = 400) -> Tensor:
+def fitted(objective: object, train: object, steps: int = 400, **options: object) -> Tensor:
     torch.manual_seed(0)
     model = nn.Linear(3, 1, bias=False)
-    poise.fit(model, objective, train, steps=steps, lr=0.2, batch_size=64)
+    poise.fit(model, objective, train, steps=steps, lr=0.2, batch_size=64, **options)
     return model.weight.detach()[0]
 
 
@@ -70,15 +71,52 @@ def test_a_step_at_rates_counts_every_example_the_same() -> None:
 
 def test_it_is_a_policy_without_parameters_whose_state_is_its_shares() -> None:
     weights = SourceWeights("ab", [3, 1])
-    assert not list(weights.parameters()) and weights.needs == frozenset()
+    assert not list(weights.parameters())
+    assert weights.needs == frozenset()
     weights.advance()
     twin = SourceWeights("ab")
     twin.load_state_dict(weights.state_dict())
     for other in (twin, copy.deepcopy(weights), weights.to(torch.float32)):
         assert other.weights() == {"a": 0.75, "b": 0.25}
         assert other.shares.dtype == torch.float64
-    objective = weights.objective(SquaredError(), weights=False)
-    assert [s.weight for s in objective.summands] == [1.0, 1.0]
+
+
+def test_as_a_policy_it_gives_the_run_its_shares() -> None:
+    weights = SourceWeights("abc", [3, 1, 0])
+    objective = weights.objective(SquaredError(), owned=True)
+    assert set(objective.autos) == {"a", "b", "c"}
+    found = fitted(objective, sources(), policy=weights)
+    torch.testing.assert_close(found, torch.full((3,), 1.25))
+    with pytest.raises(InputError, match="sets the weights of x, y, and the run has a, b, c"):
+        fitted(objective, sources(), policy=SourceWeights("xy"))
+
+
+def test_relevance_of_gradients_moves_the_shares_to_the_sources_that_resemble_the_target() -> None:
+    policy = SourceRelevance("abc", "squared_error", every=5)
+    x, y = sources()["c"]
+    found = fitted(policy.objective(SquaredError(), owned=True), sources(), policy=policy, valid=(x, y))
+    assert policy.weights()["c"] > 0.9
+    assert float(policy.shares.sum()) == pytest.approx(1)
+    assert float(policy.shares.min()) >= 0.01 - 1e-9
+    assert float((found - 3).abs().max()) < 0.2
+
+
+def test_relevance_of_gradients_equals_least_squares_with_signs() -> None:
+    from scipy.optimize import nnls
+
+    g = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    goal = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    nu = relevance_of_gradients(g.T @ g, g.T @ goal)
+    torch.testing.assert_close(nu, torch.from_numpy(nnls(g.numpy(), goal.numpy())[0]), atol=1e-7, rtol=1e-6)
+    assert not relevance_of_gradients(g.T @ g, -torch.ones(6, dtype=torch.float64)).any()
+
+
+def test_relevance_of_gradients_needs_validation_data_and_sensible_arguments() -> None:
+    policy = SourceRelevance("abc", "squared_error")
+    with pytest.raises(InputError, match="validation"):
+        fitted(policy.objective(SquaredError(), owned=True), sources(), policy=policy)
+    with pytest.raises(InputError, match="every >= 1"):
+        SourceRelevance("abc", "squared_error", every=0)
 
 
 def test_what_is_no_share_is_refused() -> None:

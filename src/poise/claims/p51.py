@@ -44,7 +44,7 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
     for number in range(3):
         task = hyper_cleaning(seed + number)
         for kind in ("uniform", "clean"):
-            scores.setdefault(kind, []).append(task.reference(kind))  # type: ignore[arg-type]
+            scores.setdefault(kind, []).append(task.reference(kind))
         for place, (name, make) in enumerate(methods.items()):
             if progress is not None:
                 progress((number + place / len(methods)) / 3, f"{name}, seed {seed + number}")

@@ -12,9 +12,11 @@ dominate above the initial policy. Side by side:
                    after normalisation A is a step-size rule, and a smaller step must not be taken for its effect. A validates on
                    40 episodes a step; with the same episodes in all it makes 133 steps, which is reported beside.
 
-The claim fails where B is below equal fixed weights in the mean or in most bandits, or where A is no better than fixed weights at
-its mean multiplier in most bandits. The learning rate is the best of five for equal weights on eight other bandits, on which the
-strengths of B were chosen too. A first version with six bandits and lr/mu 1, 10 and 100 failed: guidance was better in 2 of 6.
+The claim fails where a rule is below what it is compared with in the mean, or better in no more than half of the bandits (B: not
+worse). The learning rate is the best of five for equal weights on eight other bandits, on which the strengths of B were chosen too.
+Two things were changed after figures had been seen, and both are told. Six bandits became twelve: of six, guidance was better in
+2. And guidance, which had been judged by its wins alone, is judged by the mean as well, as influence is: of twelve it was better
+in 7, which is chance, and lower in the mean.
 
 Additions: a small language model adds two digits, rewarded for being right, brief and well laid out, under GRPO, RLOO and
 REINFORCE++ with Adam; volumes of sampled checkpoints above 0, because brevity and format pull apart and hardly a checkpoint is better
@@ -358,10 +360,10 @@ def _failures(study: Study) -> Iterator[str]:
             f"influence weights at their best mu make {1e3 * mean[study.best]:.2f} against {1e3 * mean[EQUAL]:.2f} of equal weights, and "
             f"are not below them in {wins_b} of {n} bandits only"
         )
-    if 2 * wins_a <= n:
+    if mean[A] < mean[A_FIXED] or 2 * wins_a <= n:
         yield (
-            f"guidance is better than fixed weights at its mean multiplier in {wins_a} of {n} bandits only: what it does is the size of "
-            "the step"
+            f"guidance makes {1e3 * mean[A]:.2f} against {1e3 * mean[A_FIXED]:.2f} of fixed weights at its mean multiplier, and is "
+            f"better in {wins_a} of {n} bandits: what it does is the size of the step"
         )
 
 
@@ -371,6 +373,10 @@ def _remarks(study: Study) -> Iterator[str]:
         yield "guidance stays below equal weights at the full step: its multiplier rests at one half"
     if mean[RANDOM] >= mean[study.best]:
         yield "weights drawn at random do as well as influence weights"
+    if study.additions:
+        below = [loss for loss in LOSSES if fmean(v[f"{loss} B"] - v[f"{loss} equal"] for v in study.additions) < 0]
+        if below:
+            yield f"on the additions influence is below equal weights under {', '.join(below)}: accuracy takes most of the weight"
     yield f"the smallest influence weight ends at {study.lowest:.2g} in the mean"
     for name, found in study.walks.items():
         yield f"{name}: " + ", ".join(f"{method} {v:.4g}" for method, v in found.items())
@@ -387,8 +393,8 @@ CLAIM = Claim(
         "gradients: 0.0065 to 0.0067 against 0.0063 and 0.0016); guidance gains over fixed weights at its own mean step under RLOO."
     ),
     falsified=(
-        "Influence at its best mu is below equal fixed weights in the mean or in most bandits, or guidance is no better than fixed "
-        "weights at its mean multiplier in most bandits."
+        "Influence at its best mu is below equal fixed weights in the mean or in most bandits, or guidance is below fixed weights at its "
+        "mean multiplier in the mean, or better in no more than half of the bandits."
     ),
     run=run,
 )

@@ -17,7 +17,7 @@ from poise.lazy import load
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CATALOGUE", "apply_part", "parse_part"]
+__all__ = ["CATALOGUE", "apply_part", "parse_part", "plain_copy"]
 
 CATALOGUE: dict[str, str] = {
     "best_response": "poise.parts.best_response_conversion:make_best_response",
@@ -97,6 +97,22 @@ def apply_part(model: nn.Module, text: str) -> Any:
                 f"{name} has no argument {argument!r}; it takes {', '.join(known)}.{nearest(argument, known)}"
             )
     return part(model, **arguments)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with what every part did to its weights worked into them: layers that PyTorch alone knows.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> _ = apply_part(model, "best_response(n_hyper=1)")
+        >>> plain_copy(model)[0]
+        Linear(in_features=4, out_features=8, bias=True)
+    """
+    from poise.parts.best_response_conversion import fold_best_response
+    from poise.parts.companding import folded_copy
+
+    return fold_best_response(folded_copy(model))
 
 
 def __getattr__(name: str) -> Any:

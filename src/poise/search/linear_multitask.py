@@ -191,7 +191,7 @@ class LinearMultiTask:
         few = (self.counts <= 2 * self.features)[:, None, None]
         own = torch.where(few, self._covariance() * self.counts[:, None, None].clamp_min(1), own)
         solutions = torch.linalg.solve(own, self.moment[..., None])[..., 0] * self.counts.sqrt()[:, None]
-        left = torch.linalg.svd(solutions.T, full_matrices=True).U
+        left: Tensor = torch.linalg.svd(solutions.T, full_matrices=True).U
         return left[:, : self.rank]
 
     def _heads(self, basis: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def check_leakage(source: Tensor, target: Tensor) -> None:
     Raises:
         InputError: an image is in both; it says how many.
     """
-    both = source[torch.isin(source, target)].unique()
+    both = torch.unique(source[torch.isin(source, target)])
     if len(both):
         raise InputError(
             f"{len(both)} base images are in a source and in the target's data (the first: {both[:5].tolist()}). A corrupted copy of "

@@ -249,7 +249,7 @@ def _vertex(path: LassoPath, columns: Array, target: Array) -> Pursuit | None:
     nu = np.zeros(columns.shape[1])
     nu[active] = inverse @ target
     nu[active[np.abs(nu[active]) < 1e-12 * np.abs(nu).max()]] = 0.0
-    dual = inverse.T @ np.sign(values)
+    dual = np.asarray(inverse.T @ np.sign(values), dtype=np.float64)
     prices = np.abs(dual @ columns)
     if prices.max() > 1 + EXACT:
         return None
@@ -344,7 +344,7 @@ def _descent() -> Callable[..., Any]:
     """Compile cyclic coordinate descent for the LASSO, on first use."""
     import numba
 
-    @numba.njit(cache=False)  # type: ignore[untyped-decorator]
+    @numba.njit(cache=False)
     def descend(columns: Any, target: Any, lam: Any, sweeps: Any, tolerance: Any) -> Any:
         count = columns.shape[1]
         nu, rest = np.zeros(count), target.copy()
@@ -367,4 +367,4 @@ def _descent() -> Callable[..., Any]:
                 break
         return nu
 
-    return descend  # type: ignore[no-any-return]
+    return descend

@@ -70,7 +70,8 @@ def make_policy(policy: str, method: str | None = None) -> Any:
 
     Args:
         policy: "pareto" or "bilevel".
-        method: one of its methods, alone or with arguments as in `"cagrad(c=0.4)"`; None for the default.
+        method: one of its methods, alone or with arguments as in `"cagrad(c=0.4)"`; None for the default. A balancer also takes
+            `on='trunk'`: the submodule on whose output gradients are weighed.
 
     Raises:
         InputError: the policy or the method does not exist.
@@ -82,10 +83,12 @@ def make_policy(policy: str, method: str | None = None) -> Any:
     name, arguments = parse_call(text, known, "method", f"{DEFAULTS[policy]}")
     module, _, attribute = known[name].partition(":")
     made = getattr(importlib.import_module(f"poise.weights.{module}"), attribute)
+    features = arguments.pop("on", None) if policy == "pareto" else None
     try:
-        return made(**arguments)
+        found = made(**arguments)
     except TypeError as error:
         raise InputError(f"{text}: {error}.") from None
+    return found if features is None else found.on(features)
 
 
 def find_policy(text: str) -> Any:

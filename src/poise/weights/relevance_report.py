@@ -120,6 +120,7 @@ def relevance_report(
     planner = planner_score(heads, explained, counts)
     even = planner_score(heads, explained, torch.full((tasks,), float(n.sum()) / tasks))
     order = sorted(range(tasks), key=lambda t: (-abs(float(nu[t])), -int(counts[t])))
+    least = max(floor, int(counts.min()))  # what every task has, whatever it says
     rows = tuple(
         TaskRow(
             names[t],
@@ -127,7 +128,7 @@ def relevance_report(
             int(counts[t]),
             float(shares[t]),
             float("nan") if reduced_costs is None else float(reduced_costs[t]),
-            _reason(float(nu[t]), int(counts[t]), None if reduced_costs is None else float(reduced_costs[t]), floor),
+            _reason(float(nu[t]), int(counts[t]), None if reduced_costs is None else float(reduced_costs[t]), least),
         )
         for t in order
     )
@@ -144,4 +145,6 @@ def _reason(nu: float, samples: int, reduced_cost: float | None, floor: int) -> 
         return f"as good as one in the mix, not needed{kept}"
     if reduced_cost >= 1 - 1e-12:
         return f"says nothing about the target{kept}"
+    if samples > floor:
+        return f"out by the last estimate: would enter with a head {1 / (1 - reduced_cost):.2f} times as large"
     return f"out: would enter with a head {1 / (1 - reduced_cost):.2f} times as large{kept}"

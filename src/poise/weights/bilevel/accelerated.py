@@ -253,7 +253,7 @@ class _Sweep:
         if not bool(low.any()):
             return False
         raised = torch.where(low, 1.05 * ratio, self._left(self.smooth))
-        if float(raised.max()) > 1e7 * self.solver._first_smoothness:
+        if float(raised.max()) > 1e5 * self.solver._first_smoothness:
             raise InputError(
                 "The lower objective does not look smooth: its gradient changes by "
                 f"{float(raised.max()):.3g} times the distance. Smooth its kinks (sqrt(u^2 + nu^2) in place of |u|)."

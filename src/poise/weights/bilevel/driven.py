@@ -160,7 +160,14 @@ class DrivenBilevel(nn.Module):
             from poise.weights.bilevel.maid import MAID as maker
 
             options.setdefault("bounds", (low, high))
-            options.setdefault("strong_convexity", self._strong_convexity(problem))
+            if options.get("strong_convexity") is None:
+                options["strong_convexity"] = self._strong_convexity(problem)
+            if options["strong_convexity"] is None:
+                raise InputError(
+                    "maid needs a lower bound of the curvature of the training objective, since its certificates stand on it, and no term "
+                    "gives one. Add auto*l2(biases=True), whose weight is the bound where the model is linear and its loss convex, or say "
+                    'it: method="maid(strong_convexity=0.1)".'
+                )
         elif self.method == "hoag":
             from poise.weights.bilevel.hoag import HOAG as maker  # type: ignore[assignment]
 
@@ -259,7 +266,7 @@ class DrivenBilevel(nn.Module):
 
 
 def maid(**options: Any) -> DrivenBilevel:
-    """Solve the training objective just accurately enough for every step of the weights to be sure: strongly convex problems, full batch."""
+    """Solve the training objective just accurately enough for sure steps of the weights: strongly convex problems, full batch."""
     return DrivenBilevel("maid", **options)
 
 
@@ -269,7 +276,7 @@ def hoag(**options: Any) -> DrivenBilevel:
 
 
 def bo_rep(**options: Any) -> DrivenBilevel:
-    """Move weights by steps of fixed length, with the model frozen between refreshes: for recurrent networks, whose gradients explode."""
+    """Move weights by steps of fixed length, the model frozen between refreshes: for recurrent networks, whose gradients explode."""
     return DrivenBilevel("bo_rep", **options)
 
 

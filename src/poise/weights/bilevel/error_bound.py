@@ -156,8 +156,11 @@ class ErrorBound:
         """The largest singular value of J: by power iteration, which goes on from the last direction."""
         if sum(t.numel() for t in theta) == 1:
             return float(norm(derivatives.response_product(tuple(torch.ones_like(t) for t in theta))))
-        times = 1 if self._theta_direction is not None else 10
-        direction = self._theta_direction if self._theta_direction is not None else self._random(theta)
+        times, direction = 10, self._random(theta)
+        if self._theta_direction is not None:
+            # A part of chance, so that a direction that becomes the largest later on is found.
+            last = self._theta_direction
+            times, direction = 2, shifted(last, 0.1 * float(norm(last)) / _positive(norm(direction)), direction)
         top = 0.0
         for _ in range(times):
             size = float(norm(direction))

@@ -121,7 +121,7 @@ class HOAG:
         if self.schedule == "geometric":
             return max(self.first_tolerance * self.factor**k, LEAST)
         power = 2 if self.schedule == "quadratic" else 3
-        return max(self.first_tolerance / max(k, 1) ** power, LEAST)
+        return max(self.first_tolerance / float(max(k, 1) ** power), LEAST)
 
     def run(self, max_outer: int | None = None, budget: int | None = None) -> HOAGStep:
         """Make outer steps until so many are made or the budget of lower work is spent; return the last one."""

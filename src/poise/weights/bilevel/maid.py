@@ -17,7 +17,7 @@ is enough, and most of the work of a fixed accuracy is saved.
     maid.theta, maid.trace[-1]
 
 Source: arXiv:2308.10098, Algorithms 3.1 and 3.2. Departures, each of which keeps the guarantee: the distance that was really reached
-takes the place of the one that was asked for; a trial starts from the straight line between the last two lower solutions; and
+takes the place of the one that was asked for; warm starts follow a secant model of what x and q did before (`prediction`); and
 backtracking ends where the bracket is wider than any decrease that a shorter step can bring.
 """
 
@@ -36,6 +36,7 @@ from poise.weights.bilevel.accelerated import AcceleratedGradient, Constant, Low
 from poise.weights.bilevel.error_bound import ErrorBound
 from poise.weights.bilevel.hypergradient import Hypergradient, ImplicitHypergradient
 from poise.weights.bilevel.levels import Counters, Levels, Linearised, Tensors, detached, dot, norm, shifted
+from poise.weights.bilevel.prediction import Prediction
 
 __all__ = ["MAID", "MAIDStep"]
 
@@ -137,6 +138,7 @@ class MAID:
         samples: whether every tensor of x has a leading dimension of independent training pairs. Each pair has a certificate of
             its own and stops on its own; the lower objective is called with the places of those that are left as `batch`.
         bounds: of every entry of theta, or None.
+        history: moves of theta that warm starts are predicted from; 0 starts from the last x and q. Each holds a copy of both.
         solve: the lower solver, `(x, theta, accuracy) -> LowerSolution`; accelerated gradients by default.
 
     State: `state_dict` and `load_state_dict` carry everything, so that a run continues as if it had not stopped.
@@ -181,6 +183,7 @@ class MAID:
         tolerance: float = 1e-10,
         samples: bool = False,
         bounds: tuple[float, float] | None = None,
+        history: int = 5,
         solve: Callable[[Tensors, Tensors, float], LowerSolution] | None = None,
     ) -> None:
         if strong_convexity is None:
@@ -208,9 +211,11 @@ class MAID:
         self.bound = ErrorBound(
             levels, upper_lipschitz, jacobian_norm, jacobian_lipschitz, inverse_lipschitz, convex_upper, samples
         )
+        self.prediction = Prediction(history)
         self.trace: list[MAIDStep] = []
         self.status = ""
         self._distance: Tensor | None = None  # of x at theta; None where it is not known
+        self._move: Tensors | None = None  # of theta since q was solved for
         self._limit = math.inf
         self._tried = self._refined = self._cg = 0
         if self.bounds is not None:
@@ -278,8 +283,7 @@ class MAID:
                 derivatives = None
             if derivatives is None:
                 derivatives = self.levels.linearise(self.x, self.theta)
-            found = self.implicit(self.x, self.theta, tolerance=self.delta, derivatives=derivatives)
-            self._cg += found.iterations
+            found = self._linear_system(derivatives)
             gradient = self._certified(found, derivatives, measure=not measured)
             measured = True
             if gradient.norm + gradient.omega <= self.tolerance:
@@ -287,6 +291,18 @@ class MAID:
             if not self.check_descent or gradient.omega <= (1 - self.eta) * gradient.norm:
                 return gradient
             self._tighten("the error of the hypergradient is not below it", gradient)
+
+    def _linear_system(self, derivatives: Linearised) -> Hypergradient:
+        """Solve for q from where it should be by now, and tell the model where it is."""
+        before, move = self.implicit.q, self._move
+        if before is not None and move is not None:
+            self.implicit.q = self.prediction.q(before, move)
+        found = self.implicit(self.x, self.theta, tolerance=self.delta, derivatives=derivatives)
+        self._cg += found.iterations
+        if before is not None and move is not None and found.q is not None:
+            self.prediction.complete(shifted(found.q, -1, before))
+        self._move = None
+        return found
 
     def _solve_lower(self) -> None:
         """Bring x to the accuracy eps, or as near as the arithmetic allows."""
@@ -317,15 +333,14 @@ class MAID:
 
     def _line_search(self, gradient: _Gradient) -> tuple[float, Tensors, LowerSolution, float, float, float] | None:
         """Return step size, theta, lower solution, value and bracket of the first trial that is accepted, or None."""
-        start = self.x
         for i in range(self.max_backtracks + self._refined):
             alpha = self.alpha * self.rho**i
             theta = self._projected(shifted(self.theta, -alpha, gradient.found.gradient))
-            solution = self._solve(start, theta, self.eps)
+            change = shifted(theta, -1, self.theta)
+            solution = self._solve(self.prediction.x(self.x, change), theta, self.eps)
             self._tried += 1
             value, slope, _ = self.levels.upper_gradients(solution.x, theta)
             lower, upper = self.bound.bracket(float(value), slope, solution.distance)
-            change = shifted(theta, -1, self.theta)
             psi = upper - gradient.lower + self.lam / alpha * float(dot(change, change))
             if psi <= 0 and math.isfinite(upper):
                 return alpha, theta, solution, float(value), lower, upper
@@ -333,7 +348,6 @@ class MAID:
             # A shorter step can bring twice the first-order decrease at most; it has to be seen through the bracket.
             if 2 * alpha * self.rho * gradient.norm**2 < gradient.found.value.item() - gradient.lower:
                 return None
-            start = shifted(self.x, self.rho, shifted(solution.x, -1, self.x)) if math.isfinite(upper) else self.x
         return None
 
     def _accept(
@@ -346,6 +360,8 @@ class MAID:
         lower: float,
         upper: float,
     ) -> MAIDStep:
+        self._move = shifted(theta, -1, self.theta)
+        self.prediction.remember(self._move, shifted(solution.x, -1, self.x), None)
         self.theta, self.x, self._distance = theta, solution.x, solution.distance
         self.alpha = self.rho_up * alpha
         if not self.fixed:
@@ -420,6 +436,8 @@ class MAID:
             "delta": self.delta,
             "alpha": self.alpha,
             "status": self.status,
+            "move": None if self._move is None else [t.clone() for t in self._move],
+            "prediction": self.prediction.state_dict(),
             "implicit": self.implicit.state_dict(),
             "bound": self.bound.state_dict(),
             "lower": self._lower.state_dict(),
@@ -432,6 +450,8 @@ class MAID:
         self.theta, self.x = tuple(t.clone() for t in state["theta"]), tuple(t.clone() for t in state["x"])
         self._distance = None if state["distance"] is None else state["distance"].clone()
         self.eps, self.delta, self.alpha, self.status = state["eps"], state["delta"], state["alpha"], state["status"]
+        self._move = None if state["move"] is None else tuple(t.clone() for t in state["move"])
+        self.prediction.load_state_dict(state["prediction"])
         self.implicit.load_state_dict(state["implicit"])
         self.bound.load_state_dict(state["bound"])
         self._lower.load_state_dict(state["lower"])

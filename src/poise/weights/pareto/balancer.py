@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ class Balancer(nn.Module):
     total: ClassVar[str] = "free"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
     balances: ClassVar[bool] = True
+
+    features: str | None = None
+    """The submodule on whose output gradients are weighed; None weighs them on parameters."""
+
+    def on(self, features: str) -> Self:
+        """Weigh gradients on the output of a submodule: one backward pass of what lies below it, for any number of terms."""
+        self.features = features
+        return self
 
     def weigh(self, gram: Tensor, values: Tensor) -> Tensor:
         """Return the weights of the rows, f64 [m].

@@ -183,25 +183,29 @@ class GuidedPareto(Balancer):
             names: of the objectives, for messages.
         """
         names = tuple(names or (f"objective {i + 1}" for i in range(len(gram))))
-        check_shapes(gram, guide_dot, guide_value, names)
         c, a = gram.detach().double().cpu().numpy(), guide_dot.detach().double().cpu().numpy()
+        check_program(c, a, guide_value, names)
         m = len(names)
-        size = self._sizes(c, values, names)
-        mean = math.exp(float(np.log(size).mean()))
-        branch = self._branch(guide_value)
-        alpha = _balance(c / np.outer(size, size), a / size) if branch == "balance" else None
-        if branch == "dominance":
-            alpha = _dominate(c / np.outer(size, size), a / size, self.relaxed)
-        weights = np.ones(m) if alpha is None else m * alpha * mean / size
-        direction = weights + np.isin(names, self.added)
-        norms = np.sqrt(np.maximum(np.diag(c), 0.0))
+        branch, size, mean = self._branch(guide_value), None, 1.0
+        if self.normalize == "none":
+            alpha = _preferences(branch, c, a, self.relaxed)
+        else:
+            size = self._sizes(c, values, names)
+            mean = math.exp(float(np.log(size).mean()))
+            alpha = _preferences(branch, c / np.outer(size, size), a / size, self.relaxed)
+        if alpha is None:
+            alpha, weights, branch = np.full(m, 1 / m), np.ones(m), "fallback"
+        else:
+            weights = m * alpha if size is None else m * alpha * mean / size
+        if self.added:
+            weights = weights + [name in self.added for name in names]
         return GuidedChoice(
-            alpha=torch.from_numpy(np.full(m, 1 / m) if alpha is None else alpha),
-            weights=torch.from_numpy(direction),
-            branch="fallback" if alpha is None else branch,
-            descent=torch.from_numpy(c @ direction),
-            guide_descent=float(a @ direction),
-            conflicts=int((np.triu(c, 1) < -1e-12 * np.outer(norms, norms)).sum()),
+            alpha=torch.from_numpy(alpha),
+            weights=torch.from_numpy(weights),
+            branch=branch,
+            descent=torch.from_numpy(c @ weights),
+            guide_descent=float(a @ weights),
+            conflicts=_conflicts(c),
         )
 
     def _branch(self, guide_value: float) -> str:
@@ -218,8 +222,6 @@ class GuidedPareto(Balancer):
 
     def _sizes(self, gram: Array, values: Tensor | None, names: tuple[str, ...]) -> Array:
         """Return what each gradient is divided by."""
-        if self.normalize == "none":
-            return np.ones(len(gram))
         if self.normalize == "l2":
             size = np.sqrt(np.maximum(np.diag(gram), 0.0))
         else:
@@ -331,28 +333,35 @@ class GuidedPareto(Balancer):
         return {**self.__dict__, "_waiting": None}  # what waits for `advance` is never saved or copied
 
 
-def check_shapes(gram: Tensor, guide_dot: Tensor, guide_value: float, names: tuple[str, ...]) -> None:
+def check_program(gram: Array, guide_dot: Array, guide_value: float, names: tuple[str, ...]) -> None:
     """Refuse what the program cannot take.
 
     Raises:
         InputError: one objective, or shapes that do not fit.
         NonFiniteError: something is not finite; it says what.
     """
+    m = len(names)
     if len(gram) < 2:
         raise InputError(f"guided: preferences need two objectives at least, and there is {len(gram)}.")
-    if gram.shape != (len(gram), len(gram)) or guide_dot.shape != (len(gram),) or len(names) != len(gram):
+    if gram.shape != (m, m) or guide_dot.shape != (m,):
         raise InputError(
             f"guided: gram is [m, m], guide_dot [m], with a name for each; got {list(gram.shape)}, {list(guide_dot.shape)} "
-            f"and {len(names)} names."
+            f"and {m} names."
         )
-    bad = [name for name, ok in zip(names, torch.isfinite(gram).all(1).tolist(), strict=True) if not ok]
-    own = [name for name, ok in zip(names, torch.isfinite(gram.diagonal()).tolist(), strict=True) if not ok]
-    if bad:
+    if not np.isfinite(gram).all():
+        own = [name for name, ok in zip(names, np.isfinite(np.diag(gram)), strict=True) if not ok]
         raise NonFiniteError(
-            f"guided: the gradient of {', '.join(own or bad)} is not finite, so the step has no weights."
+            f"guided: the gradient of {', '.join(own or names)} is not finite, so the step has no weights."
         )
-    if not bool(torch.isfinite(guide_dot).all()) or not math.isfinite(guide_value):
+    if not (np.isfinite(guide_dot).all() and math.isfinite(guide_value)):
         raise NonFiniteError("guided: the guide or its gradient is not finite, so the step has no weights.")
+
+
+def _conflicts(gram: Array) -> int:
+    """Return how many pairs of gradients have a cosine below 0, beyond rounding."""
+    rows = gram.tolist()
+    norms = [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(rows)]
+    return sum(rows[i][j] < -1e-12 * norms[i] * norms[j] for i in range(len(rows)) for j in range(i))
 
 
 def least_descent(guide: Array) -> Array:
@@ -365,6 +374,10 @@ def least_descent(guide: Array) -> Array:
     if not helpful.any():
         return np.zeros(len(guide))
     return np.where(guide == guide.max(), 0.0, np.where(helpful, -np.inf, guide))
+
+
+def _preferences(branch: str, gram: Array, guide: Array, relaxed: bool) -> Array | None:
+    return _balance(gram, guide) if branch == "balance" else _dominate(gram, guide, relaxed)
 
 
 def _balance(gram: Array, guide: Array) -> Array | None:

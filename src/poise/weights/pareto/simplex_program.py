@@ -37,15 +37,17 @@ def maximize_on_simplex(objective: Array, rows: Array, least: Array, tie: Array 
     array([0.5, 0.5])
     """
     size = np.abs(rows).max(axis=1, initial=0.0)
-    if (least[size == 0] > 0).any():
-        return None
-    told = size > 0
-    rows, least = rows[told] / size[told, None], least[told] / size[told]
-    scale = np.abs(objective).max()
-    objective = objective / scale if scale > 0 else objective
+    if not size.all():
+        if (least[size == 0] > 0).any():
+            return None
+        told = size > 0
+        rows, least, size = rows[told], least[told], size[told]
+    # On the simplex `R a >= r` is `(R - r 1') a >= 0`.
+    cone = (rows - least[:, None]) / size[:, None]
+    scale = float(np.abs(objective).max())
     if len(objective) > MOST_ENUMERATED:
-        return _by_highs(objective, rows, least)
-    return _by_vertices(objective, rows, least, tie)
+        return _by_highs(objective / (scale or 1.0), cone)
+    return _by_vertices(objective, scale, cone, tie)
 
 
 @lru_cache(maxsize=64)
@@ -55,28 +57,26 @@ def _choices(constraints: int, active: int) -> Places:
 
 
 @lru_cache(maxsize=8)
-def _bounds(m: int) -> Array:
-    return np.eye(m)
+def _corner(m: int) -> tuple[Array, Array]:
+    """The bounds `a >= 0` as rows, and the right side of `sum a = 1` above m - 1 active constraints."""
+    return np.eye(m), np.eye(m, 1)
 
 
-def _by_vertices(objective: Array, rows: Array, least: Array, tie: Array | None) -> Array | None:
+def _by_vertices(objective: Array, scale: float, cone: Array, tie: Array | None) -> Array | None:
     m = len(objective)
-    left = np.concatenate([_bounds(m), rows])
-    right = np.concatenate([np.zeros(m), least])
-    choices = _choices(len(left), m - 1)
-    systems = np.empty((len(choices), m, m))
-    systems[:, 0], systems[:, 1:] = 1.0, left[choices]
-    wanted = np.empty((len(choices), m, 1))
-    wanted[:, 0], wanted[:, 1:, 0] = 1.0, right[choices]
+    bounds, wanted = _corner(m)
+    rows = np.concatenate([bounds, cone])
+    choices = _choices(len(rows), m - 1)
+    systems = np.ones((len(choices), m, m))
+    systems[:, 1:] = rows[choices]
     # Constraints that depend on each other meet in no single point; the vertex, if there is one, is found by another choice.
     regular = np.abs(np.linalg.det(systems)) > 1e-12
-    points = np.linalg.solve(systems[regular], wanted[regular])[..., 0]
-    kept = (points @ left.T >= right - TOLERANCE).all(axis=1) & (np.abs(points.sum(axis=1) - 1) < TOLERANCE)
-    points = points[kept]
+    points = np.linalg.solve(systems[regular], wanted)[..., 0]
+    points = points[(points @ rows.T >= -TOLERANCE).all(axis=1)]
     if not len(points):
         return None
     worth = points @ objective
-    best = points[worth >= worth.max() - TOLERANCE]
+    best = points[worth >= worth.max() - TOLERANCE * scale]
     if len(best) > 1 and tie is not None:
         best = best[[((best @ tie) * best).sum(axis=1).argmin()]]
     found: Array = np.maximum(best[0], 0.0)
@@ -84,14 +84,14 @@ def _by_vertices(objective: Array, rows: Array, least: Array, tie: Array | None)
     return found
 
 
-def _by_highs(objective: Array, rows: Array, least: Array) -> Array | None:
+def _by_highs(objective: Array, cone: Array) -> Array | None:
     from scipy.optimize import linprog
 
     m = len(objective)
     answer = linprog(
         -objective,
-        A_ub=-rows if len(rows) else None,
-        b_ub=-least if len(rows) else None,
+        A_ub=-cone if len(cone) else None,
+        b_ub=np.zeros(len(cone)) if len(cone) else None,
         A_eq=np.ones((1, m)),
         b_eq=np.ones(1),
         bounds=(0, None),
