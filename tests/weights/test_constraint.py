@@ -510,13 +510,17 @@ def test_a_change_of_dtype_leaves_the_multiplier_whole() -> None:
         ("upper=1, largest=0", "largest must be positive"),
         ("upper=1, tolerance=-1", "tolerance must be >= 0"),
         ("upper=1, measured=constraint(l1, upper=1)", "cannot be constrained again"),
-        ("upper=1, measured=0*l1", "no term to constrain"),
+        ("upper=1, measured=0*l1", "measured has no term"),
     ],
 )
 def test_what_does_not_fit_is_said(arguments: str, words: str) -> None:
     with pytest.raises(FormulaError, match="constraint: ") as error:
         poise.parse(f"constraint(l2, {arguments})")
     assert words in str(error.value)
+
+
+def test_a_constraint_whose_terms_all_have_weight_0_is_none() -> None:
+    assert str(poise.parse("cross_entropy + constraint(0*l2, upper=1)")) == "cross_entropy"
 
 
 def test_a_bound_that_is_not_finite_is_refused() -> None:
