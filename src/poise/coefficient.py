@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,6 +63,14 @@ class Clock(NamedTuple):
                 f"poise.fit says it by itself; in a loop of your own call objective.bind({field}=...)."
             )
         return int(value)
+
+
+class Tuned(Protocol):
+    """An argument of a term that a policy tunes: a `Hyperparameter`."""
+
+    def read(self, like: Tensor | None = None, axis: int = 0) -> Tensor:
+        """Return the value in use, 0-dim or one for each example along `axis` of `like`."""
+        ...
 
 
 class Coefficient:

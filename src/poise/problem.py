@@ -25,7 +25,6 @@ from poise.errors import IncompatibleError, InputError
 from poise.objective import Objective, _Part
 from poise.quantities import Quantities
 from poise.weights.feature_table import FeatureTable, features_of
-from poise.weights.feature_table import FeatureTable, features_of
 from poise.weights.gradient_table import GradientTable
 from poise.weights.owned import without_owned
 

@@ -79,6 +79,30 @@ def test_bayesian_search_finds_a_smooth_minimum_sooner_than_random_draws() -> No
     assert max(ours) < 0.02
 
 
+@pytest.mark.peer
+def test_bayesian_search_is_not_behind_the_tree_estimator_of_optuna() -> None:
+    optuna = pytest.importorskip("optuna", reason="optuna is not installed (extra 'peers')")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    hypers = several()[:2]
+
+    def loss(rate: float, decay: float) -> float:
+        return (rate - 0.6) ** 2 + 0.05 * (math.log10(decay) + 2) ** 2
+
+    ours, theirs = [], []
+    for seed in range(3):
+        search = BayesianSearch(hypers, seed=seed, candidates=500)
+        for _ in range(15):
+            point = search.ask()
+            search.tell(point, loss(point["rate"], point["decay"]))
+        ours.append(search.best[1])
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        study.optimize(
+            lambda t: loss(t.suggest_float("rate", 0, 0.9), t.suggest_float("decay", 1e-6, 1, log=True)), n_trials=15
+        )
+        theirs.append(study.best_value)
+    assert sum(ours) <= sum(theirs)
+
+
 def test_bad_searches_are_refused() -> None:
     with pytest.raises(InputError, match="points must be"):
         GridSearch(several(), 0)

@@ -442,3 +442,56 @@ def test_a_method_that_moves_the_model_resumes_bit_for_bit(method: str, tmp_path
     resumed = fit(12, checkpoint=tmp_path)
     assert resumed.weights == whole.weights
     assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+# ---- hyperparameters that are not weights ---------------------------------------------------------------------------
+
+
+def test_one_step_in_a_hyperparameter_is_the_derivative_through_a_step() -> None:
+    from poise.terms import LabelSmoothing
+    from poise.weights import Hyperparameter
+
+    data, valid, lr = wide_blobs(), wide_blobs(40), 1e-4
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3).double()
+    x, xv = data["input"].double(), valid["input"].double()
+    smoothing = Hyperparameter("smoothing", 0.2, 0, 1, per_example=False)
+
+    def after(raw: float) -> float:
+        parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        epsilon = float(smoothing.constrain(torch.tensor(raw, dtype=torch.float64)))
+        loss = nn.functional.cross_entropy(x @ parameters[0].T + parameters[1], data["target"], label_smoothing=epsilon)
+        moved = [p.detach() - lr * g for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True)]
+        return float(nn.functional.cross_entropy(xv @ moved[0].T + moved[1], valid["target"]))
+
+    raw = float(smoothing.raw)
+    slope = (after(raw + 1e-2) - after(raw - 1e-2)) / 2e-2
+    policy = OnlineBilevel("one_step", every=1, warmup=0.0, hypers=[smoothing], upper="cross_entropy")
+    run = poise.fit(
+        model, LabelSmoothing(smoothing), {"input": x, "target": data["target"]}, {"input": xv, "target": valid["target"]},
+        solver="sgd", lr=lr, steps=1, batch_size=len(x), policy=policy,
+    )  # fmt: skip
+    assert run.history["policy/hypergradient/smoothing"][0] == pytest.approx(slope, rel=1e-3)
+    assert run.history["policy/hyperparameter/smoothing"][0] != 0.2
+
+
+def test_weights_and_hyperparameters_are_moved_together() -> None:
+    from poise.terms import L2, LabelSmoothing
+    from poise.weights import Hyperparameter
+
+    smoothing = Hyperparameter("smoothing", 0.2, 0, 1, per_example=False)
+    objective = LabelSmoothing(smoothing) + poise.auto * L2()
+    policy = OnlineBilevel("one_step", every=1, warmup=0.0, hypers=[smoothing], upper="cross_entropy")
+    run = poise.fit(nn.Linear(8, 3), objective, wide_blobs(), wide_blobs(30), steps=5, policy=policy)
+    assert float(smoothing) != 0.2
+    assert run.weights["l2"] != (1e-3 * 1e2) ** 0.5
+
+
+def test_a_hyperparameter_that_nothing_reads_or_that_is_discrete_is_refused() -> None:
+    from poise.weights import Hyperparameter
+
+    idle = Hyperparameter("idle", 0.5, 0, 1)
+    with pytest.raises(InputError, match="hypergradient of 'idle' is identically zero"):
+        fit_blobs("cross_entropy", policy=OnlineBilevel(hypers=[idle], warmup=0.0))
+    with pytest.raises(InputError, match="'holes' is discrete"):
+        fit_blobs("cross_entropy", policy=OnlineBilevel(hypers=[Hyperparameter("holes", 1, 0, 4, discrete=True)]))

@@ -3,6 +3,7 @@
 Digits of scikit-learn: 300 to train, 500 to validate, 797 to test; an MLP 64-256-256-10 with three dropout rates (of the input and of both
 hidden layers) in (0, 0.9), 1,500 steps of 50, SGD with learning rate 0.05 and momentum 0.9. After every second training step
 hyperparameters and scales move by Adam at 0.01 on 100 validation examples; scale 0.5 at first, entropy weight 1e-3, warm-up of a twentieth.
+Gates see h itself, as in the authors' code.
 
 Rivals on the same seeds: five fixed points of rates, from the start value to the heavy end, and a random search whose runs together make at
 least as many steps as the tuned run (1,500 training and about 710 validation steps: two runs). The validation loss of a run is its lowest
@@ -171,7 +172,7 @@ def _tuned(
         torch.manual_seed(derive(seed, "gates"))
         make_best_response(model, len(hypers))
     policy = SelfTuning(
-        hypers, scale=0.5, entropy=1e-3, lr=0.01, scale_lr=0.01, variant=variant, valid_batch=VALID_BATCH
+        hypers, scale=0.5, entropy=1e-3, lr=0.01, scale_lr=0.01, variant=variant, origin="zero", valid_batch=VALID_BATCH
     )
     scores = _train(model, digits, seed, steps, policy)
     schedule = policy.schedule

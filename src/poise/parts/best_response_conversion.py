@@ -76,13 +76,16 @@ def fold_best_response(model: nn.Module) -> nn.Module:
     >>> fold_best_response(model)[0]
     Linear(in_features=4, out_features=8, bias=True)
     """
-    if isinstance(model, BestResponse):
-        return model.plain()
     folded = copy.deepcopy(model)
-    for module in list(folded.modules()):
+    modes = {module: module.training for module in folded.modules()}
+    folded.eval()  # what is dropped from a weight in training is there in the plain layer
+    if isinstance(folded, BestResponse):
+        return folded.plain().train(model.training)
+    for module, training in modes.items():
         for own, child in module._modules.items():
             if isinstance(child, BestResponse):
-                module._modules[own] = child.plain().train(child.training)
+                module._modules[own] = child.plain().train(modes[child])
+        module.training = training
     return folded
 
 

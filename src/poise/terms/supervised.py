@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from poise.coefficient import Number, Tuned
 from poise.errors import InputError
 from poise.objective import Term, Value
 
@@ -53,7 +54,7 @@ class LabelSmoothing(Term):
     """Cross-entropy with targets smoothed towards uniform: `-sum_c ((1-epsilon) [c=target] + epsilon/C) log p_c`.
 
     Args:
-        epsilon: share of the uniform distribution, in [0, 1].
+        epsilon: share of the uniform distribution, in [0, 1]; or a `Hyperparameter` that a policy tunes.
 
     Source: Szegedy et al., arXiv:1512.00567.
     """
@@ -63,14 +64,17 @@ class LabelSmoothing(Term):
     source = "arXiv:1512.00567"
     expects = _CLASSES
 
-    def __init__(self, epsilon: float = 0.1) -> None:
+    def __init__(self, epsilon: float | Tuned = 0.1) -> None:
         super().__init__()
-        if not 0 <= epsilon <= 1:
+        if isinstance(epsilon, Number) and not 0 <= epsilon <= 1:
             raise InputError(f"label_smoothing: epsilon must lie in [0, 1], and it is {epsilon}.")
         self.epsilon = epsilon
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.epsilon)
+        if isinstance(self.epsilon, Number):
+            return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.epsilon)
+        plain, uniform = F.cross_entropy(logits, target, reduction="none"), -logits.log_softmax(-1).mean(-1)
+        return plain + self.epsilon.read(plain) * (uniform - plain)
 
 
 class Focal(Term):

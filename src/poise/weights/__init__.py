@@ -32,7 +32,7 @@ _HOME = {
     "ReplayedHyperparameters": "hyperparameter_schedule",
     "Auto": "auto",
     "GradientTable": "gradient_table",
-    "LogDescent": "descent",
+    "Descent": "descent",
     "LassoRelevance": "relevance",
     "Mixing": "mixing",
     "MixingWeight": "mixing",

@@ -1,9 +1,6 @@
-"""Gradient descent on the logarithms of weights, within their ranges: how bilevel policies move what they own."""
+"""Gradient descent on a few numbers within their ranges: how bilevel policies move logarithms of weights, and hyperparameters."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +8,15 @@ from torch import Tensor, nn
 from poise.errors import InputError
 
 
-class LogDescent(nn.Module):
-    """Adam on `theta = log w`, clamped to `[log low, log high]`.
+class Descent(nn.Module):
+    """Adam on `theta`, clamped to `[low, high]`.
 
-    Steps on the logarithm keep weights positive and make a step a factor, whatever the weight's unit. Adam divides by the gradient's own
-    size, so a weight whose gradient is tiny moves as fast as any other.
+    On `theta = log w` a step is a factor, whatever the weight's unit, and weights stay positive. Adam divides by the gradient's own size,
+    so what has a tiny gradient moves as fast as anything else.
 
     Args:
         lr: length of a step in `theta`; 0.1 changes a weight by a tenth. None: so that half the range takes a fifth of the steps.
-        decay: shrink the step linearly to 0 over the run, so that weights come to rest.
+        decay: shrink the step linearly to 0 over the run, so that the numbers come to rest.
         betas: averages of the gradient and of its square.
 
     Buffers, float64 `[m]`: `theta`, `mean`, `square`; `count`, int64. Source: Kingma and Ba, arXiv:1412.6980.
@@ -38,29 +35,12 @@ class LogDescent(nn.Module):
         for name in ("theta", "mean", "square", "low", "high"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.names: tuple[str, ...] = ()
 
-    def bind(self, starts: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Take the weights' first values and their ranges.
-
-        Raises:
-            InputError: a range is not positive, finite and in order.
-        """
-        self.names = tuple(starts)
-        bounds = [ranges.get(name, (1e-8, 1e8)) for name in self.names]
-        for name, (low, high) in zip(self.names, bounds, strict=True):
-            if not 0 < low < high < math.inf:
-                raise InputError(
-                    f"The range of the weight {name!r} must be 0 < low < high, both finite; it is [{low}, {high}]."
-                )
-        self.low, self.high = torch.tensor(bounds, dtype=torch.float64).log().unbind(1)
-        self.theta = torch.tensor([starts[n] for n in self.names], dtype=torch.float64).log().clamp(self.low, self.high)
+    def bind(self, theta: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take the first values and their ranges, f64 [m]; a start outside is moved to the nearer end."""
+        self.low, self.high = low.double(), high.double()
+        self.theta = theta.double().clamp(self.low, self.high)
         self.mean, self.square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
-
-    @property
-    def weights(self) -> Tensor:
-        """The weights, f64 [m]."""
-        return self.theta.exp()
 
     def step(self, gradient: Tensor, updates: int) -> None:
         """Move down a gradient in `theta`.
@@ -82,5 +62,5 @@ class LogDescent(nn.Module):
     def _length(self, updates: int) -> Tensor | float:
         return self.lr if self.lr is not None else 2.5 * (self.high - self.low) / max(25, updates)
 
-    def _apply(self, fn: object, recurse: bool = True) -> LogDescent:
+    def _apply(self, fn: object, recurse: bool = True) -> Descent:
         return self  # a handful of numbers, which stay on the host in double precision

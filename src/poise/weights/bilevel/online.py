@@ -17,14 +17,15 @@ arXiv:1511.06727 (one step); Lorraine, Vicol and Duvenaud, arXiv:1911.02590 (Neu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError
-from poise.weights.descent import LogDescent
+from poise.weights.descent import Descent
+from poise.weights.hyperparameter import Hyperparameter, check_names
 
 if TYPE_CHECKING:
     from poise.problem import Problem, Signals
@@ -43,7 +44,9 @@ class OnlineBilevel(nn.Module):
         terms: `K` of the Neumann series, or iterations of conjugate gradients.
         scale: `a`, the step that the series stands for; None for the model's learning rate.
         damping: added to the Hessian by conjugate gradients, >= 0: a network's Hessian is not positive definite.
-        lr, decay: of the weights; see `LogDescent`.
+        hypers: hyperparameters that terms read (`label_smoothing(epsilon=...)`, `Hyperparameter(...) * l2`), moved likewise through their
+            unconstrained variables: the same hypergradient, with `g_i` the derivative of the training gradient in the variable.
+        lr, decay: of the weights; see `Descent`.
         upper: the validation objective, as a formula; None for the formula's terms on data at fixed weights.
         valid_batch: validation rows of one update; None for all.
 
@@ -63,6 +66,7 @@ class OnlineBilevel(nn.Module):
         *,
         every: int | None = None,
         warmup: float = 0.1,
+        hypers: Iterable[Hyperparameter] = (),
         terms: int = 3,
         scale: float | None = None,
         damping: float = 1e-2,
@@ -84,54 +88,112 @@ class OnlineBilevel(nn.Module):
         self.method, self.terms, self.warmup = method, terms, warmup
         self.every = every or (5 if method == "one_step" else 20)
         self.scale, self.damping, self.upper, self.valid_batch = scale, damping, upper, valid_batch
-        self.descent = LogDescent(lr, decay)
+        self.descent = Descent(lr, decay)
+        given = tuple(hypers)
+        self.hypers = nn.ModuleList(check_names(given, "OnlineBilevel") if given else ())
+        self.tunes_hyperparameters = bool(given)
+        self.names: tuple[str, ...] = ()
         self._said: dict[str, float] = {}
 
+    @property
+    def tuned(self) -> tuple[Hyperparameter, ...]:
+        """The hyperparameters."""
+        return tuple(hyper for hyper in self.hypers if isinstance(hyper, Hyperparameter))
+
     def bind(self, starts: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Take the weights' first values and their ranges."""
-        self.descent.bind(starts, ranges)
+        """Take the weights' first values and their ranges.
+
+        Raises:
+            InputError: a hyperparameter is discrete, so that nothing is differentiable in it.
+        """
+        for hyper in self.tuned:
+            if hyper.discrete:
+                raise InputError(
+                    f"The hyperparameter {hyper.name!r} is discrete, and nothing is differentiable in it: use SelfTuning, or a search."
+                )
+        self.names = tuple(starts)
+        bounds = [ranges.get(name, (1e-8, 1e8)) for name in starts]
+        raws = [float(hyper.raw) for hyper in self.tuned]
+        start = torch.tensor([*(math.log(w) for w in starts.values()), *raws], dtype=torch.float64)
+        # At +-8 a sigmoid is within a thousandth of its ends.
+        low = torch.tensor([*(math.log(b[0]) for b in bounds), *(min(-8.0, r) for r in raws)], dtype=torch.float64)
+        high = torch.tensor([*(math.log(b[1]) for b in bounds), *(max(8.0, r) for r in raws)], dtype=torch.float64)
+        self.descent.bind(start, low, high)
 
     def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
         """Return the weights by name, moved where an update is due."""
         first = math.ceil(self.warmup * signals.steps)
         if signals.step >= first and (signals.step - first) % self.every == 0:
             self.descent.step(self._hypergradient(signals), max(1, (signals.steps - first) // self.every))
-        return dict(zip(self.descent.names, self.descent.weights.tolist(), strict=True))
+            for hyper, raw in zip(self.tuned, self.descent.theta[len(self.names) :], strict=True):
+                hyper.move(raw)
+        return dict(zip(self.names, self._weights.tolist(), strict=True))
+
+    @property
+    def _weights(self) -> Tensor:
+        return self.descent.theta[: len(self.names)].exp()
 
     def advance(self, signals: Signals) -> None:
         """Nothing moves after the update."""
 
     def report(self) -> Mapping[str, float]:
         """The last hypergradient by weight, the validation and the training objective, and the residual of conjugate gradients."""
-        return self._said
+        return {**self._said, **{f"hyperparameter/{hyper.name}": float(hyper) for hyper in self.tuned}}
 
     def _hypergradient(self, signals: Signals) -> Tensor:
         """Return dF/dtheta, f64 [m]."""
         validation = signals.validation
         assert validation is not None
-        table = signals.gradients
-        self._refuse_what_does_nothing(table.norms, signals.names)
         towards = validation.gradient()
         response, residual = self._response(signals.problem, towards, self.scale or signals.lr)
-        found = -self.descent.weights * table.against(response)
+        found = torch.cat([self._of_weights(signals, response), self._of_hypers(signals.problem, response)])
+        signals.problem.reports()
+        names = (*self.names, *(hyper.name for hyper in self.tuned))
         self._said = {
             "validation_objective": float(validation.latest_value),
             "training_objective": float(signals.problem.step.value),
-            **{f"hypergradient/{n}": g for n, g in zip(signals.names, found.tolist(), strict=True)},
+            **{f"hypergradient/{n}": g for n, g in zip(names, found.tolist(), strict=True)},
         }
         if residual is not None:
             self._said["hypergradient_error"] = residual
         return found
 
-    def _refuse_what_does_nothing(self, norms: Tensor, names: tuple[str, ...]) -> None:
-        if int(self.descent.count):
-            return
-        idle = [name for name, size in zip(names, norms.tolist(), strict=True) if size == 0]
-        if idle:
+    def _of_weights(self, signals: Signals, response: Vector) -> Tensor:
+        if not self.names:
+            return torch.zeros(0, dtype=torch.float64)
+        table = signals.gradients
+        idle = [name for name, size in zip(self.names, table.norms.tolist(), strict=True) if size == 0]
+        if idle and not int(self.descent.count):
             raise InputError(
                 f"The hypergradient of {', '.join(map(repr, idle))} is identically zero: what the weight multiplies has no gradient on "
                 "the model's parameters. Fix the weight, or take the term out."
             )
+        return -self._weights * table.against(response)
+
+    def _of_hypers(self, problem: Problem, response: Vector) -> Tensor:
+        """Return `-d<training gradient, q>/d raw`, f64 [hypers]."""
+        if not self.tuned:
+            return torch.zeros(0, dtype=torch.float64)
+        raws = [hyper.raw.detach().clone().requires_grad_() for hyper in self.tuned]
+        try:
+            for hyper, raw in zip(self.tuned, raws, strict=True):
+                hyper.place(raw)
+            point = {n: p.detach().requires_grad_() for n, p in problem.parameters.items() if n in response}
+            with torch.enable_grad():
+                gradient = problem.fresh().gradient(at=point, create_graph=True)
+                along = [(g * response[n]).sum() for n, g in gradient.items() if n in response and g.requires_grad]
+                total = torch.stack(along).sum() if along else raws[0].new_zeros(())
+            found = torch.autograd.grad(total, raws, allow_unused=True) if total.requires_grad else [None] * len(raws)
+        finally:
+            for hyper in self.tuned:
+                hyper.place(None)
+        idle = [hyper.name for hyper, g in zip(self.tuned, found, strict=True) if g is None]
+        if idle:
+            raise InputError(
+                f"The hypergradient of {', '.join(map(repr, idle))} is identically zero: the training gradient does not depend on it. "
+                "Let a term read it; noise and masks are tuned by SelfTuning."
+            )
+        return -torch.stack([g.double().cpu() for g in found if g is not None])
 
     def _response(self, problem: Problem, towards: Vector, scale: float) -> tuple[Vector, float | None]:
         """Return `q`, and the relative residual `|H q - v|/|v|` where it solves for it."""

@@ -89,6 +89,12 @@ def _answering(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, Tens
         if said is None:
             continue
         for own, mask in said().items():
-            parameter = getattr(module, own)
+            parameter = _stored(module, own)
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad and bool(mask.any()):
                 yield f"{path}.{own}".lstrip("."), (parameter, mask)
+
+
+def _stored(module: nn.Module, name: str) -> Any:
+    """The parameter itself, where what the module reads is made from it: a weight with entries dropped."""
+    held = getattr(module, "parametrizations", {})
+    return held[name].original if name in held else getattr(module, name)

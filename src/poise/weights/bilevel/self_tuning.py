@@ -78,6 +78,8 @@ class SelfTuning(nn.Module):
         train_steps, valid_steps: how many of each make a cycle.
         warmup: training steps before the first validation step; below 1 a share of the run.
         variant: "stn" or "delta".
+        origin: where the gates of "stn" are shut: "start" at the first h, so that gates that are put into a trained model leave it as it is
+            and no large constant goes into V; "zero" at h = 0, as in the authors' code. The network can be the same either way.
         response_lr: learning rate of the answering weights under "delta"; the optimiser's own where nothing is said.
         valid_batch: validation examples of a validation step; None for all of them.
         upper: the validation objective as a formula; by default the terms on data at a fixed weight.
@@ -87,13 +89,14 @@ class SelfTuning(nn.Module):
     The model must have gated layers (`poise.parts.make_best_response`). Its layers of noise and its terms read the hyperparameters
     themselves. Examples have perturbations of their own but for hyperparameters with `per_example=False`.
 
-    Buffers, float64: `free_scale` [n] (sigma = softplus of it), `moments` [2, 2, n] (of h and of the scales: first, second), `counts`
-    int64 [2] (training and validation steps). The variables h are the hyperparameters' own.
+    Buffers, float64: `free_scale` [n] (sigma = softplus of it), `origin` [n] (where the gates are shut), `moments` [2, 2, n] (of h and of
+        the scales: first, second); `counts`, int64 [2] (training and validation steps). The variables h are the hyperparameters' own.
 
     Raises:
         InputError: an argument out of range, two hyperparameters of one name, no validation data, a hyperparameter that nothing uses, one
             value for each example of a term that has one value.
-        IncompatibleError: no gated layer (the hypergradient is identically zero), or several micro-batches.
+        IncompatibleError: no gated layer (the hypergradient is identically zero), several micro-batches, or under "delta" a tuned weight of
+            a term that does not read the model's outputs.
 
     >>> rate = Hyperparameter("rate", 0.05, 0, 0.9)
     >>> SelfTuning([rate], scale=0.5).scales
@@ -107,6 +110,7 @@ class SelfTuning(nn.Module):
     tunes_hyperparameters: ClassVar[bool] = True
     free_scale: Tensor
     moments: Tensor
+    origin: Tensor
     counts: Tensor
 
     def __init__(
@@ -121,6 +125,7 @@ class SelfTuning(nn.Module):
         valid_steps: int = 1,
         warmup: float = 0.05,
         variant: Literal["stn", "delta"] = "stn",
+        origin: Literal["start", "zero"] = "start",
         response_lr: float | None = None,
         valid_batch: int | None = None,
         upper: Any = None,
@@ -129,14 +134,15 @@ class SelfTuning(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(
-            entropy, lr, scale_lr, train_steps, valid_steps, warmup, variant, response_lr, valid_batch, window
+            entropy, lr, scale_lr, train_steps, valid_steps, warmup, variant, origin, response_lr, valid_batch, window
         )
         self.scale, self.learn_scale, self.entropy = scale, learn_scale, entropy
         self.lr, self.scale_lr = lr, scale_lr
         self.train_steps, self.valid_steps, self.warmup, self.variant = train_steps, valid_steps, warmup, variant
         self.valid_batch, self.upper, self.window, self.seed = valid_batch, upper, window, seed
         self.hypers = nn.ModuleList()
-        for name in ("free_scale", "moments"):
+        self.origin_at = origin
+        for name in ("free_scale", "moments", "origin"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
         self._log: dict[str, list[Any]] = {"steps": [], "raws": [], "values": [], "scales": [], "losses": []}
@@ -164,6 +170,7 @@ class SelfTuning(nn.Module):
             raise InputError(f"SelfTuning: the scale of a perturbation must be positive, and it is {self.scale}.")
         self.free_scale = first + torch.log(-torch.expm1(-first))
         self.moments = torch.zeros(2, 2, len(names), dtype=torch.float64)
+        self.origin = self.raw if self.origin_at == "start" else torch.zeros_like(self.raw)
 
     def bind(self, starts: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
         """Make a hyperparameter for every owned weight that none is called after.
@@ -193,6 +200,11 @@ class SelfTuning(nn.Module):
     def raw(self) -> Tensor:
         """The unconstrained variables h, float64 [n]."""
         return torch.stack([hyper.raw.cpu() for hyper in self.tuned])
+
+    @property
+    def _point(self) -> Tensor:
+        """What the gates see at h itself, float64 [n]."""
+        return torch.zeros_like(self.origin) if self.variant == "delta" else self.raw - self.origin
 
     @property
     def values(self) -> dict[str, float]:
@@ -249,7 +261,7 @@ class SelfTuning(nn.Module):
             self._record(signals.step, math.nan)
         if self.variant == "stn":
             rows = self._rows(problem, self.raw, functional.softplus(self.free_scale), signals.step, "train")
-            inputs.place(rows)
+            inputs.place(rows - self.origin.to(rows.device))
             self._place(rows)
         return {hyper.name: hyper.read() for hyper in self.tuned if hyper.name in signals.names}
 
@@ -270,7 +282,7 @@ class SelfTuning(nn.Module):
         for number in range(self.valid_steps):
             loss, of_raw, of_scale = self.hypergradient(validation, signals.step, number)
             self._move(of_raw, of_scale)
-            inputs.settle(torch.zeros_like(inputs.point) if self.variant == "delta" else self.raw)
+            inputs.settle(self._point)
             self.counts[1] += 1
         self._record(signals.step + 1, loss)
 
@@ -297,7 +309,8 @@ class SelfTuning(nn.Module):
         with torch.enable_grad():
             scale = functional.softplus(free)
             rows = self._rows(validation, raw, scale, step, f"valid {number}") if self.learn_scale else raw
-            inputs.place(rows - raw.detach() if self.variant == "delta" else rows)
+            shut = raw.detach() if self.variant == "delta" else self.origin
+            inputs.place(rows - shut.to(rows.device))
             self._place(None)
             try:
                 with _evaluating(validation.model, validation.objective):
@@ -334,14 +347,14 @@ class SelfTuning(nn.Module):
                 "pieces: use accumulate=1."
             )
         data = next(iter(problem.batches[0].values()))
-        examples = next(len(v) for v in data.values() if isinstance(v, Tensor) and v.ndim)
+        like = next(v for v in data.values() if isinstance(v, Tensor) and v.ndim)
         seed = (*problem.key, self.seed, step, what)
         shared = torch.randn(len(raw), generator=_generator(*seed), dtype=torch.float64)
         own = torch.randn(
-            examples, len(raw), generator=_generator(*seed, "examples", processes.rank()), dtype=torch.float64
+            len(like), len(raw), generator=_generator(*seed, "examples", processes.rank()), dtype=torch.float64
         )
         mask = torch.tensor([hyper.per_example for hyper in self.tuned])
-        return raw + scale * torch.where(mask, own, shared)
+        return (raw + scale * torch.where(mask, own, shared)).to(like.device)
 
     def _place(self, rows: Tensor | None) -> None:
         """Put the values of a step where noise and terms read them; the gates' share of the graph ends here."""
@@ -360,7 +373,7 @@ class SelfTuning(nn.Module):
         self._place(rows)
         try:
             with self._weighing(signals):
-                self._response(signals.problem, inputs, rows - raw, signals.lr)
+                self._response(signals.problem, inputs, rows - raw.to(rows.device), signals.lr)
         finally:
             self._clear(inputs)
 
@@ -426,7 +439,7 @@ class SelfTuning(nn.Module):
                 "off. Give valid=..."
             )
         self._settle_weights(signals)
-        inputs.settle(torch.zeros_like(inputs.point) if self.variant == "delta" else self.raw)
+        inputs.settle(self._point)
         for hyper in self.tuned:
             hyper.used = False
         self._examined = True
@@ -443,6 +456,7 @@ class SelfTuning(nn.Module):
                     weighed.setdefault(leaf.hyperparameter.name, []).append(label)
         for hyper in self.tuned:
             for label in weighed.get(hyper.name, ()):
+                self._refuse_silent(signals.problem, hyper.name, label)
                 if "per_example" in entries[label].term.capabilities:
                     continue
                 if hyper.name in self._made:
@@ -452,6 +466,15 @@ class SelfTuning(nn.Module):
                         f"Hyperparameter {hyper.name!r} has a value for each example, and the term {label!r} that it weighs has one "
                         "value for the batch: per_example=False."
                     )
+
+    def _refuse_silent(self, problem: Problem, name: str, label: str) -> None:
+        """Under "delta" the answer is learned from the linearised outputs, and a term that does not read them teaches nothing."""
+        entry = next(e for e in problem.objective._entries if e.label == label)
+        if self.variant == "delta" and all(reading.name != problem._output for reading in entry.forward_reads):
+            raise IncompatibleError(
+                f"variant='delta' learns how the weights answer from the model's {problem._output}, which the term {label!r} weighed by "
+                f"{name!r} does not read: use variant='stn'."
+            )
 
     def _refuse_unused(self) -> None:
         if int(self.counts[0]):
@@ -515,12 +538,15 @@ def _check_arguments(
     valid_steps: int,
     warmup: float,
     variant: str,
+    origin: str,
     response_lr: float | None,
     valid_batch: int | None,
     window: int,
 ) -> None:
     if variant not in ("stn", "delta"):
         raise InputError(f"SelfTuning: variant is 'stn' or 'delta', and it is {variant!r}.")
+    if origin not in ("start", "zero"):
+        raise InputError(f"SelfTuning: origin is 'start' or 'zero', and it is {origin!r}.")
     if not (lr > 0 and scale_lr > 0 and (response_lr is None or response_lr > 0)):
         raise InputError(
             f"SelfTuning: learning rates must be positive; lr, scale_lr and response_lr are {lr}, {scale_lr} and {response_lr}."

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 import poise
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
-from poise.parts import BestResponseLinear, TunedDropout, make_best_response
+from poise.parts import BestResponseLinear, TunedDropout, drop_connect, fold_best_response, make_best_response
 from poise.problem import Problem
 from poise.readouts.supervised import Classification, Regression
 from poise.response_input import response_input_of
 from poise.terms import L2, ConfidencePenalty, CrossEntropy, SquaredError
 from poise.weights import Hyperparameter, ReplayedHyperparameters
+from poise.weights.bilevel.hypergradient import ImplicitHypergradient
+from poise.weights.bilevel.levels import Levels
 from poise.weights.bilevel.response_step import linearised_outputs
 from poise.weights.bilevel.self_tuning import SelfTuning, perturbation_entropy
 
@@ -147,6 +149,12 @@ def test_as_the_perturbation_vanishes_the_hypergradient_is_the_implicit_one() ->
     assert loss == pytest.approx(float(residual.square().mean() / 2), rel=1e-6)
     implicit = start * float(answer @ (xv.T @ residual) / len(yv))  # dL_V/dh, h = log lambda
     assert float(of_raw) == pytest.approx(implicit, rel=1e-6)
+    levels = Levels(
+        lambda w, h, _: (x @ w[0] - y).square().sum() / 2 + h[0].exp() * w[0].square().sum() / 2,
+        lambda w, h, _: (xv @ w[0] - yv).square().mean() / 2,
+    )
+    (same,) = ImplicitHypergradient(levels, solver="lu")((w,), (hyper.raw,)).gradient
+    assert float(of_raw) == pytest.approx(float(same), rel=1e-6)
 
 
 # ---- what moves when ------------------------------------------------------------------------------------------------
@@ -167,7 +175,7 @@ def test_the_hypergradient_is_the_difference_quotient_of_the_validation_loss(var
     def value(raw: float, free: float) -> float:
         # The perturbation that h_i - stop(h) sees: the gates move, h does not.
         rows = base + raw + nn.functional.softplus(scale + free) * draws if learn_scale else base + raw
-        inputs.place(rows - base if variant == "delta" else rows)
+        inputs.place(rows - (base if variant == "delta" else policy.origin))
         model.eval()
         with torch.no_grad():
             got = valid.value()
@@ -229,7 +237,7 @@ def test_each_example_has_a_perturbation_of_its_own_and_shared_ones_have_one() -
     assert len(rows[:, 0].unique()) == 16
     assert len(rows[:, 1].unique()) == 1
     assert own.read().shape == (16,)
-    torch.testing.assert_close(own.read(), own.constrain(rows[:, 0].double()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own.read(), own.constrain(rows[:, 0].double() + policy.origin[0]), rtol=1e-5, atol=1e-6)
     assert shared.read().shape == ()
     # the same step has the same draws, so that a resumed run is the uninterrupted one
     policy.weights(loop.signals(problem))
@@ -299,8 +307,21 @@ def test_the_trained_model_evaluates_at_its_own_hyperparameters_without_the_poli
         loop.one()
     model.eval()
     point = next(m.inputs.point for m in model.modules() if isinstance(m, BestResponseLinear))
-    torch.testing.assert_close(point, policy.raw)
+    torch.testing.assert_close(point, policy.raw - policy.origin)
     assert torch.equal(copy.deepcopy(model)(loop.x), model(loop.x))
+
+
+def test_gates_put_into_a_trained_model_leave_it_as_it_is_at_the_first_hyperparameters() -> None:
+    model, policy = tuned()
+    loop = Loop(model, policy)
+    model.eval()
+    before = model(loop.x)
+    problem = loop.problem(loop.objective, 0, 16)
+    policy.weights(loop.signals(problem))
+    policy.discard(loop.signals(problem))
+    assert torch.equal(model(loop.x), before)
+    _, authors = tuned(origin="zero")
+    assert not authors.origin.any()
 
 
 # ---- Delta-STN ------------------------------------------------------------------------------------------------------
@@ -381,14 +402,17 @@ def test_missing_validation_data_unused_hyperparameters_and_wrong_numbers_are_re
 
 
 def test_one_weight_for_each_example_of_a_penalty_on_parameters_is_refused_and_one_for_all_works() -> None:
-    def loop(per_example: bool) -> Loop:
+    def loop(per_example: bool, variant: Any = "stn") -> Loop:
         decay = Hyperparameter("decay", 1e-3, 1e-6, 1, scale="log", per_example=per_example)
         model = network()
         make_best_response(model, 1)
-        return Loop(model, SelfTuning([decay], warmup=0, train_steps=1), CrossEntropy() + decay * L2())
+        policy = SelfTuning([decay], warmup=0, train_steps=1, variant=variant)
+        return Loop(model, policy, CrossEntropy() + decay * L2())
 
     with pytest.raises(InputError, match="one value for the batch"):
         loop(True).one()
+    with pytest.raises(IncompatibleError, match="use variant='stn'"):
+        loop(False, "delta").one()
     whole = loop(False)
     whole.one()
     assert whole.policy.counts.tolist() == [1, 1]
@@ -424,6 +448,7 @@ def test_several_micro_batches_and_a_loss_that_is_not_finite_are_refused() -> No
     ("options", "message"),
     [
         ({"variant": "gamma"}, "'stn' or 'delta'"),
+        ({"origin": "end"}, "'start' or 'zero'"),
         ({"lr": 0}, "learning rates"),
         ({"response_lr": -1.0}, "learning rates"),
         ({"entropy": -1}, "entropy and warmup"),
@@ -515,7 +540,52 @@ def test_an_auto_weight_of_a_formula_is_tuned_for_each_example(variant: Any) -> 
     assert policy.tuned[0].per_example
 
 
+def test_a_formula_may_name_the_method_and_put_in_the_gates() -> None:
+    train, valid = data()
+    formula = (
+        "cross_entropy + auto(low=0.01, high=1, policy='bilevel', method='self_tuning(warmup=0.0, train_steps=1)')*confidence_penalty "
+        "with best_response(n_hyper=1)"
+    )
+    run = poise.fit(network(), formula, train, valid, steps=6, batch_size=10, lr=0.1)
+    assert run.history["policy/hyperparameter/confidence_penalty"][-1] != pytest.approx(0.1, abs=1e-6)
+
+
 def test_fit_without_validation_data_refuses() -> None:
     model, policy = tuned()
     with pytest.raises(InputError, match="no validation data"):
         poise.fit(model, "cross_entropy", data()[0], policy=policy, steps=2)
+
+
+class Reader(nn.Module):
+    """A small recurrent classifier of token sequences, with everything tuned that a recurrent network has."""
+
+    def __init__(self, words: Hyperparameter, outputs: Hyperparameter, recurrent: Hyperparameter) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn, self.head = nn.Embedding(9, 6), nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+        self.inputs = make_best_response(self, 3)
+        drop_connect(self.rnn, "weight_hh_l0", recurrent)
+        self.words, self.outputs = TunedDropout(words, shared_axes=(1,)), TunedDropout(outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.rnn(self.words(self.embed(tokens)))
+        return self.head(self.outputs(states[:, -1]))
+
+
+@pytest.mark.parametrize("variant", ["stn", "delta"])
+def test_a_recurrent_network_is_tuned_with_dropped_weights_and_folds_into_a_plain_one(variant: Any) -> None:
+    hypers = [Hyperparameter(n, 0.2, 0, 0.9, per_example=n != "recurrent") for n in ("words", "outputs", "recurrent")]
+    model, policy = Reader(*hypers), SelfTuning(hypers, warmup=0, train_steps=1, variant=variant)
+    g = torch.Generator().manual_seed(0)
+    tokens, target = torch.randint(9, (40, 5), generator=g), torch.randint(3, (40,), generator=g)
+    before = model.rnn.parametrizations.weight_hh_l0.original.clone()  # type: ignore[union-attr]
+    poise.fit(
+        model, "cross_entropy", (tokens[:20], target[:20]), (tokens[20:], target[20:]), policy=policy, steps=5, batch_size=10, lr=0.1
+    )  # fmt: skip
+    moved = model.rnn.parametrizations.weight_hh_l0.original != before  # type: ignore[union-attr]
+    assert moved[:32].any()
+    assert moved[32:].any()
+    assert all(value != pytest.approx(0.2, abs=1e-7) for value in policy.values.values())
+    model.eval()
+    folded = fold_best_response(model)
+    torch.testing.assert_close(folded(tokens), model(tokens), rtol=1e-4, atol=1e-5)
