@@ -53,13 +53,13 @@ def _work(largest: float, seeds: int) -> list[Ratio]:
         rivals = {}
         for schedule in ("geometric", "quadratic", "cubic"):
             task = quadratic(seed, largest)
-            rivals[schedule] = work_until(task, HOAG(task.levels, task.theta, task.x, schedule), target, 10_000)
+            rivals[schedule] = work_until(task, HOAG(task.levels, task.theta, task.x, schedule), target, 8_000)
         hoag.append(min(rivals.values()))
         names.append(min(rivals, key=lambda name: rivals[name]))
     condition = f"condition {largest**2:.0f}"
     sizes = f"{seeds} seeds, d = 10, to one gap; mixed products besides: {fmean(mixed):.0f}"
     each = f"MAID {_listed(adaptive)}, fixed 1e-7 {_listed(tight)}, best fixed {_listed(best)}; {sizes}"
-    rivals_text = f"MAID {_listed(adaptive)}, HOAG {_listed(hoag)} ({', '.join(names)}; inf: not reached with 10,000)"
+    rivals_text = f"MAID {_listed(adaptive)}, HOAG {_listed(hoag)} ({', '.join(names)}; inf: not reached with 8,000)"
     mean = lambda rows: fmean(a / b for a, b in zip(adaptive, rows, strict=True))  # noqa: E731
     worst = max(a / b for a, b in zip(adaptive, best, strict=True))
     return [

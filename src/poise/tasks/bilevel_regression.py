@@ -68,6 +68,7 @@ def quadratic(seed: int = 0, largest: float = 3.0, rows: int = 200, d: int = 10)
             "strong_convexity": 1.0,
             "smoothness": largest**2,
             "upper_lipschitz": largest**2,
+            "jacobian_norm": float(torch.linalg.matrix_norm(a2.T @ a3, 2)),
             "jacobian_lipschitz": 0.0,
             "inverse_lipschitz": 0.0,
         },
