@@ -112,11 +112,11 @@ def _times(timing: Any) -> str:
 
 
 def _hypers() -> dict[str, Hyperparameter]:
+    """Fifteen numbers. Strengths of noise on a log scale: of uniform draws most would be too strong for the network to train at all."""
+    rates = ("input_drop", "conv1_drop", "conv2_drop", "fc1_drop", "features_drop")
+    strengths = ("scale", "noise", "brightness", "contrast", "conv_noise", "fc_noise")
     made = [
-        *(Hyperparameter(name, 0.05, 0, 0.9) for name in ("input_drop", "conv1_drop", "conv2_drop", "fc1_drop")),
-        Hyperparameter("features_drop", 0.05, 0, 0.9),
-        *(Hyperparameter(name, 0.05, 0, 1) for name in ("scale", "noise", "brightness", "contrast")),
-        *(Hyperparameter(name, 0.05, 0, 1) for name in ("conv_noise", "fc_noise")),
+        *(Hyperparameter(name, 0.05, 0.005, 0.9, scale="log") for name in (*rates, *strengths)),
         Hyperparameter("holes", 1, 0, 4, discrete=True),
         Hyperparameter("length", 4, 0, 24, discrete=True),
         Hyperparameter("confidence", 0.01, 1e-4, 1, scale="log"),
