@@ -125,6 +125,7 @@ class PenaltyBilevel(BilevelMethod):
         else:
             residual = self._inner(lower_batch, upper_batch)
             upper, gradient = self.hypergradient(turn(lower_batch, -1), upper_batch)
+            self._upper = None  # belongs to this step's batch
         self.theta = project(self.upper_sets, shifted(self.theta, -self.step_size("theta"), gradient))
         gradient_norm = norm(gradient)
         gap = norm(shifted(self.x, -1.0, self.z)) / sigma
