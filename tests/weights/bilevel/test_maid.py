@@ -138,6 +138,7 @@ def test_with_exact_solutions_it_is_gradient_descent_with_backtracking() -> None
         assert torch.allclose(method.theta[0], theta, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_end_is_reached_from_accuracies_and_steps_that_are_far_apart() -> None:
     problem = ridge()
     ends = []
