@@ -190,3 +190,13 @@ def test_imtl_g_weighs_copies_alike_and_leaves_out_what_vanishes() -> None:
     j = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     w = IMTLG().weigh(gram(j), NONE)
     torch.testing.assert_close(w, torch.tensor([0.25, 0.25, 0.25, 0.0], dtype=torch.float64) / 0.75)
+
+
+def test_upgrad_does_not_multiply_the_rounding_of_a_row_that_vanishes() -> None:
+    for seed in range(200):
+        j = make(seed, 4, 3, 1.0, "zero")
+        lengths = np.linalg.norm(j, axis=1)
+        w = UPGrad().weigh(gram(j), NONE).numpy()
+        expected = sum(projection_by_faces(g, j) for g in j) / 4
+        assert w[lengths == 0] == pytest.approx(0.25)
+        np.testing.assert_allclose(w @ j, expected, atol=1e-6 * lengths.max())

@@ -18,6 +18,8 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)
+"""Eigenvalues of a matrix of cosines up to this, for every row, are rounding."""
 _RESTARTS = 4
 """How often the shortest vector is solved again in its own units: each time wins the digits that its smallness had cost."""
 
@@ -59,8 +61,11 @@ def rows_of(gram: Tensor) -> Rows:
     norms = np.sqrt(np.maximum(g.diagonal(), 0.0))
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     eigenvalues, eigenvectors = np.linalg.eigh(g * inverse * inverse[:, None])
-    eigenvalues = np.maximum(eigenvalues, 0.0)
-    return Rows(eigenvectors * np.sqrt(eigenvalues), norms, eigenvalues, eigenvectors)
+    # Eigenvalues that are rounding would give dependent rows a direction of their own, along which multipliers grow without end.
+    eigenvalues[eigenvalues < _ROUNDING * len(g)] = 0.0
+    unit = eigenvectors * np.sqrt(eigenvalues)
+    unit[norms == 0] = 0.0
+    return Rows(unit, norms, eigenvalues, eigenvectors)
 
 
 def shortest(points: Array) -> Array:

@@ -51,8 +51,10 @@ class UPGrad(Balancer):
         u = spread(self.formula, self.preference, len(rows.norms), 1 / len(rows.norms))
         weights = u.copy()
         conflicts = (rows.unit @ rows.unit.T).min(1) < _HARMLESS
-        columns = rows.unit.T
+        # What vanishes constrains nothing, and a column of rounding would be multiplied until it did.
+        live = rows.norms > 0
+        columns = rows.unit[live].T
         for i in conflicts.nonzero()[0]:
             # In units of length 1: the multipliers of g_i and g_j are in the ratio of their lengths.
-            weights += u[i] * rows.norms[i] * nonnegative(columns, -rows.unit[i]) * rows.inverse_norms
+            weights[live] += u[i] * rows.norms[i] * nonnegative(columns, -rows.unit[i]) * rows.inverse_norms[live]
         return torch.from_numpy(weights)
