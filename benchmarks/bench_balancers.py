@@ -135,6 +135,7 @@ def _balanced(model: _Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
     parameters, rule = dict(model.named_parameters()), UPGrad()
 
     def step() -> None:
+        optimizer.zero_grad()
         table = GradientTable.of(model.losses(x, y), parameters)
         _update(parameters, table.combine(rule.weigh(table.gram, table.values)), optimizer)
 
@@ -145,6 +146,7 @@ def _on_features(model: _Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
     parameters, rule = dict(model.named_parameters()), UPGrad()
 
     def step() -> None:
+        optimizer.zero_grad()
         with features_of(model, "trunk") as seen:
             losses = model.losses(x, y)
         table = FeatureTable(tuple(losses), parameters)

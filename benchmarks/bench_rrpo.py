@@ -8,13 +8,12 @@ the token record tile by tile and takes the divergence of the chosen answers alo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Ratio, one_thread, paired
+from benchmarks.harness import Ratio, one_thread, paired, peak_bytes
 from poise.formula import parse
 from poise.frozen import FrozenModel
 from poise.problem import ModelView
@@ -34,7 +33,7 @@ def run(quick: bool) -> list[Ratio]:
         ours, dense = _ours(model, reference, batch, "rrpo"), _dense(model, reference, batch)
         a, b = ours(), dense()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        peaks = [_peak(side) for side in (ours, dense)]
+        peaks = [peak_bytes(lambda side=side: side().backward()) for side in (ours, dense)]
         where = f"{PAIRS} pairs of 2 x {PROMPT + TIME} tokens, {vocabulary} in the vocabulary"
         found = [
             Ratio(
@@ -119,21 +118,6 @@ def _dense(model: nn.Module, reference: FrozenModel, batch: dict[str, Tensor]) -
         return (-F.logsigmoid(BETA * (chosen - rejected)) + ALPHA * (kl * mask).sum(-1).chunk(2)[0]).mean()
 
     return loss
-
-
-def _peak(loss: Callable[[], Tensor]) -> int:
-    """The most bytes that forward and backward hold above what was held before, by the profiler's record of allocations."""
-    from torch.profiler import ProfilerActivity, profile
-
-    loss().backward()  # gradients stand before the count begins
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as recorded:
-        loss().backward()
-    held = most = 0
-    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def _stepping(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,18 @@ def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_c
     started = clock()
     call()
     return clock() - started
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the most bytes that a call holds on the CPU above what was held before, by the profiler's record of allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as recorded:
+        call()
+    held = most = 0
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

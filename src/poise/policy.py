@@ -188,7 +188,16 @@ class Policies:
     def _find_rows(self) -> dict[str, dict[str, float]]:
         if self._moving:
             weights = {e.label: e.weight for e in self.objective._entries}
-            self._rows = rows_of(weights, (n for o in self.owners for n in o.weights), self.objective.clock)
+            # A weight within a reward multiplies no term: policies that know what to do with one find it themselves.
+            before = {leaf.name for w in weights.values() for leaf in leaves_of(w) if isinstance(leaf, OwnedWeight)}
+            within = {
+                n
+                for o in self.owners
+                for n in o.weights
+                if n not in before and getattr(o.policy, "within_rewards", False)
+            }
+            names = [n for o in self.owners for n in o.weights if n not in within]
+            self._rows = rows_of(weights, names, self.objective.clock) | {name: {} for name in within}
             # Only a factor that is a schedule or a multiplier has to be looked at again.
             self._moving = any(
                 leaf.moves and not isinstance(leaf, OwnedWeight)

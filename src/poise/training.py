@@ -459,7 +459,16 @@ class _Loop:
             device=self.device,
             autocast=self._autocast,
         )
-        signals = self.policies.set(problem, self._signals) if self.policies else []
+        try:
+            signals = self.policies.set(problem, self._signals) if self.policies else []
+        except NonFiniteError:
+            # The weights of such a step do not exist; it is left out like one whose value is not finite.
+            if self.options["on_nonfinite"] != "skip":
+                raise
+            self.objective.discard()
+            state.skipped += 1
+            state.step += 1
+            return
         step = self.solver.step(problem, self._accept(problem))
         if step.skipped:
             self.objective.discard()

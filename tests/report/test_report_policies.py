@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_example import WAYS, curve, make_policy_summary, make_summary
+from report_example import WAYS, constraint_curves, curve, make_policy_summary, make_summary
 from test_report_embedding import HOSTILE
 from test_report_figures import coloured
 
@@ -232,6 +232,33 @@ def test_policy_search_and_grid_are_compared_in_seconds_with_everything_that_was
     plain = (seconds[0] + seconds[1]) / 2
     for row, spent in zip(rows, (seconds[3], 41 / 3 + seconds[2], seconds[0] + seconds[1]), strict=True):
         assert row.relative == f"{spent / plain:.1f}"
+
+
+def test_a_search_of_the_learning_rate_alone_is_part_of_the_cost_and_no_search_of_weights(summary: Summary) -> None:
+    """As `--tune` does: every formula has trials, those of fixed weights and of policies for the learning rate only."""
+    rates = tuple(replace(row, formula=index, weights={}) for index in (0, 3) for row in summary.trials)
+    changed = [
+        replace(f, cost=replace(f.cost, tuning_seconds=30.0)) if f.index in (0, 3) else f for f in summary.formulas
+    ]
+    page = Page(replace(summary, formulas=tuple(changed), trials=(*rates, *summary.trials)))
+    assert page.policies is not None
+    assert page.policies.tuning is not None
+    policy, search, grid = page.policies.tuning.rows
+    assert policy.way == "policy of D, after its search of the learning rate"
+    assert search.way == "random search of C, 8 trials"
+    assert grid.way == "grid of 2 fixed weights"
+    seconds = [f.cost.seconds.mean for f in changed]
+    assert policy.relative == f"{(10 + seconds[3]) / ((seconds[0] + seconds[1]) / 2):.1f}"
+    assert grid.relative == f"{(10 + seconds[0] + seconds[1]) / ((seconds[0] + seconds[1]) / 2):.1f}"
+
+
+def test_a_constraint_is_no_fixed_weight(summary: Summary) -> None:
+    entry = summary.formulas[1]
+    changed = replace(entry, curves={**entry.curves, **constraint_curves(3, 40, "l2", False)})
+    page = Page(replace(summary, formulas=(summary.formulas[0], changed, *summary.formulas[2:])))
+    assert page.policies is not None
+    assert page.policies.tuning is not None
+    assert [row.keys[0].letter for row in page.policies.tuning.rows] == ["D", "C"]
 
 
 def test_a_grid_reaches_on_each_seed_what_validation_chose(summary: Summary) -> None:

@@ -15,6 +15,7 @@ from poise import auxiliary, parse
 from poise.errors import IncompatibleError, InputError, QuantityError
 from poise.objective import Value
 from poise.problem import Problem
+from poise.quantities import Streams
 from poise.readouts import DomainFeatures
 from poise.terms import (
     ConditionalDomainAdversarial,
@@ -337,6 +338,24 @@ def test_micro_batches_of_source_and_alignment_add_up_to_the_big_batch() -> None
     )
     with pytest.raises(IncompatibleError, match="target_classification compares examples of a batch"):
         Problem(model, coupled, [{"main": p} for p in parts], DomainFeatures())
+
+
+def test_two_streams_give_what_one_joined_batch_gives() -> None:
+    """With statistics of a batch left aside: two streams are two forward passes."""
+    b, align = batch(), DomainAdversarial(WIDTH, (5,), warmup=0).double()
+    joined = SourceClassification() + align + TargetClassification(K, refine="none")
+    apart = (
+        CrossEntropy().on("source") + 0.5 * align.on("source") + 0.5 * align.on("target")
+        + MutualInformation().on("target")
+    )  # fmt: skip
+    streams = Streams({
+        name: {k: v[rows] for k, v in b.items()} for name, rows in (("source", slice(0, 6)), ("target", slice(6, 12)))
+    })  # fmt: skip
+    one, two = joined(b), apart(streams)
+    torch.testing.assert_close(one, two)
+    inputs = [b["logits"], b["features"], *align.parameters()]
+    for x, y in zip(torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_the_discriminators_can_train_beside_the_trade_off() -> None:

@@ -84,6 +84,21 @@ def test_the_lasso_equals_scikit_learn(lam: float) -> None:
     assert found.gap < 1e-9
 
 
+@pytest.mark.peer
+def test_the_lasso_equals_celer() -> None:
+    celer = pytest.importorskip("celer")
+    w, goal = problem(10, 200, 4)
+    theirs = celer.Lasso(0.05 / 10, fit_intercept=False, tol=1e-12).fit(np.asfortranarray(w), goal).coef_
+    np.testing.assert_allclose(lasso(w, goal, 0.05).coefficients, theirs, atol=1e-6)
+
+
+def test_where_columns_tie_the_lasso_falls_back_to_coordinate_descent() -> None:
+    w = np.array([[1.0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 1]])
+    found = lasso(w, np.ones(3), 0.1)
+    assert found.gap < 1e-6
+    assert 0.5 * found.residual**2 + 0.1 * np.abs(found.coefficients).sum() == pytest.approx(0.1 * 1.5 - 0.005 * 0.75)
+
+
 def test_the_path_is_linear_between_its_breakpoints() -> None:
     w, goal = problem(6, 30, 2)
     path = lasso_path(w, goal)

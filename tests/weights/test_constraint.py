@@ -197,6 +197,14 @@ def test_the_augmented_lagrangian_convexifies_where_the_lagrangian_has_no_minimu
         assert (distance < 1e-4) is settles
 
 
+@pytest.mark.parametrize(("stiffness", "settles"), [(0.95, True), (1.05, False)])
+def test_the_penalty_is_stable_up_to_the_limit_that_its_lag_of_one_step_sets(stiffness: float, settles: bool) -> None:
+    """x_{t+1} = x_t - s x_{t-1} with s = step size * rho * |grad g|^2: the roots lie in the unit circle for s < 1."""
+    held = constraint(Linear(double(0.6, 0.8)), equal=1, lr=1e-9, method="augmented", rho=stiffness / 0.1)
+    found, _ = solve(held + Objective(), 2, 0.1, 400)
+    assert (abs(float(found @ double(0.6, 0.8)) - 1) < 1e-2) is settles
+
+
 # ---- the rules, step by step -----------------------------------------------------------------------------------------
 
 
@@ -502,13 +510,17 @@ def test_a_change_of_dtype_leaves_the_multiplier_whole() -> None:
         ("upper=1, largest=0", "largest must be positive"),
         ("upper=1, tolerance=-1", "tolerance must be >= 0"),
         ("upper=1, measured=constraint(l1, upper=1)", "cannot be constrained again"),
-        ("upper=1, measured=0*l1", "no term to constrain"),
+        ("upper=1, measured=0*l1", "measured has no term"),
     ],
 )
 def test_what_does_not_fit_is_said(arguments: str, words: str) -> None:
     with pytest.raises(FormulaError, match="constraint: ") as error:
         poise.parse(f"constraint(l2, {arguments})")
     assert words in str(error.value)
+
+
+def test_a_constraint_whose_terms_all_have_weight_0_is_none() -> None:
+    assert str(poise.parse("cross_entropy + constraint(0*l2, upper=1)")) == "cross_entropy"
 
 
 def test_a_bound_that_is_not_finite_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from poise.errors import InputError, StateError
 from poise.weights.feature_table import FeatureTable, features_of
 from poise.weights.gradient_table import GradientTable, products
+from two_processes import on_two
 
 F64 = torch.float64
 
@@ -211,3 +213,31 @@ def test_terms_that_share_nothing_are_refused() -> None:
     a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     with pytest.raises(InputError, match="nothing to balance"):
         GradientTable.of({"a": a.sum(), "b": b.sum()}, {"a": a, "b": b})
+
+
+def _features_here(accumulate: int) -> dict[str, Tensor]:
+    from poise import processes
+
+    model, (x, y) = Net(), data()
+    table = FeatureTable(("a", "b", "c"), dict(model.named_parameters()))
+    size, rank = processes.size(), processes.rank()
+    share = 1 / size / accumulate
+    for xs, ys in list(zip(x.chunk(size * accumulate), y.chunk(size * accumulate), strict=True))[rank::size]:
+        with features_of(model, "trunk") as seen:
+            losses: list[Tensor | None] = list(losses_of(model, xs, ys, share))
+        if size > 1 and rank == 1:
+            losses[2] = None  # a term with no example here
+        table.add(losses, seen)
+    weights = torch.tensor([0.5, 2.0, 1.5], dtype=F64)
+    return {"gram": table.gram, "values": table.values, **table.combine(weights)}
+
+
+def test_two_processes_have_the_gram_matrix_of_one(tmp_path: Path) -> None:
+    first, second = on_two(_features_here, tmp_path, 2)
+    one = _features_here(1)
+    assert first.keys() == second.keys() == one.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value)
+    torch.testing.assert_close(first["gram"][:2, :2], one["gram"][:2, :2])
+    torch.testing.assert_close(first["values"][:2], one["values"][:2])
+    torch.testing.assert_close(first["heads.0.weight"], one["heads.0.weight"])

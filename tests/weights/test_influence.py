@@ -21,7 +21,9 @@ def gram(m: int = 3, seed: int = 0, dimensions: int = 7) -> torch.Tensor:
 
 
 def signals(table: GradientTable, lr: float = 0.1) -> SimpleNamespace:
-    return SimpleNamespace(gradients=table, lr=lr)
+    return SimpleNamespace(
+        gradients=table, lr=lr, names=table.labels, rows={name: {name: 1.0} for name in table.labels}
+    )
 
 
 def table(seed: int = 0, dtype: torch.dtype = torch.float64) -> GradientTable:

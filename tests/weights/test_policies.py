@@ -495,3 +495,13 @@ def test_a_hyperparameter_that_nothing_reads_or_that_is_discrete_is_refused() ->
         fit_blobs("cross_entropy", policy=OnlineBilevel(hypers=[idle], warmup=0.0))
     with pytest.raises(InputError, match="'holes' is discrete"):
         fit_blobs("cross_entropy", policy=OnlineBilevel(hypers=[Hyperparameter("holes", 1, 0, 4, discrete=True)]))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name_or_skips_the_step() -> None:
+    data = two_tasks()
+    data["input"][3] = float("inf")
+    arguments: dict[str, Any] = {"readout": both_heads, "lr": 0.1, "steps": 4, "batch_size": 4, "policy": Halves()}
+    with pytest.raises(poise.errors.NonFiniteError, match="The gradient of left, right is not finite"):
+        poise.fit(model_of(), TWO, data, **arguments)
+    run = poise.fit(model_of(), TWO, data, **{**arguments, "policy": Halves()}, on_nonfinite="skip")
+    assert 0 < run.skipped < 4

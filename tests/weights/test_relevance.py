@@ -277,8 +277,9 @@ def test_opening_costs_choose_few_tasks_nearly_as_well_as_brute_force() -> None:
         nu = relevance.relevance
         ratios.append(float(nu.abs().sum()) ** 2 / (1000 - float(opening[nu != 0].sum())) / best)
     assert min(ratios) >= 1 - 1e-9
-    assert np.median(ratios) < 1.001
-    assert max(ratios) < 1.35
+    # a heuristic: exact in 99 of the first 100 seeds, and 4 % above in the other
+    assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= 19
+    assert max(ratios) < 1.05
 
 
 def test_samples_that_are_there_count_and_are_never_given_back() -> None:

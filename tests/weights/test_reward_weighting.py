@@ -163,3 +163,64 @@ def test_both_rules_train_a_small_language_model_on_verifiable_rewards(loss: str
 def test_guidance_without_validation_is_refused() -> None:
     with pytest.raises(InputError, match="validation metrics, and the run has none"):
         train("auto*" + together("rloo", BANDIT.names), HypervolumeGuidance())
+
+
+# ---- weights within a reward ----------------------------------------------------------------------------------------------
+
+
+def inside(loss: str, names: tuple[str, ...] = BANDIT.names) -> str:
+    return f"{loss}(reward={' + '.join(f'''auto('{n}')*score.on(reward='{n}').named('{n}')''' for n in names)})"
+
+
+@pytest.mark.parametrize("loss", ["rloo", "reinforce"])
+def test_within_a_reward_influence_is_that_before_terms_where_advantages_are_linear(loss: str) -> None:
+    one, other = GradientInfluence(mu=0.05), GradientInfluence(mu=0.05)
+    within, before = train(inside(loss), one), train(apart(loss, BANDIT.names), other)
+    torch.testing.assert_close(one.current, other.current, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(within.model.theta, before.model.theta, rtol=1e-4, atol=1e-6)
+
+
+def test_under_grpo_the_update_is_that_of_the_combined_reward() -> None:
+    held = train(inside("grpo"), GradientInfluence(mu=1e12))
+    torch.testing.assert_close(held.model.theta, train(together("grpo", BANDIT.names, str(1 / 3))).model.theta)
+    apart_ = train(apart("grpo", BANDIT.names), GradientInfluence(mu=1e12))
+    assert float((held.model.theta - apart_.model.theta).detach().abs().max()) > 1e-3
+
+
+def test_what_stands_fixed_beside_is_in_no_influence_and_the_weight_of_the_loss_is_in_all() -> None:
+    fixed = inside("rloo", ("a", "b")).removesuffix(")") + " + 0.5*score.on(reward='c').named('c'))"
+    plain, halved, beside = (GradientInfluence(mu=0.05) for _ in range(3))
+    train(inside("rloo", ("a", "b")), plain, steps=1)
+    train("0.5*" + inside("rloo", ("a", "b")), halved, steps=1)
+    train(fixed, beside, steps=1)
+    torch.testing.assert_close(halved.last, plain.last / 4)
+    torch.testing.assert_close(beside.last, plain.last)
+
+
+def test_within_a_reward_guidance_scales_it_and_keeps_the_preference() -> None:
+    guidance = HypervolumeGuidance(", ".join(BANDIT.names), {"a": 0.5, "b": 0.25, "c": 0.25}, temperature=1e-3)
+    guidance.update(evaluate(BANDIT.agent()))
+    run = train(inside("rloo"), guidance, evaluate=evaluate, validate_every=1)
+    assert run.history["policy/weight/a"][0] == 0.5
+    assert run.weights["a"] == pytest.approx(2 * run.weights["b"])
+    assert run.weights["a"] != pytest.approx(0.5)
+
+
+def test_weights_in_two_kinds_of_places_are_refused() -> None:
+    formula = inside("rloo", ("a", "b")) + " + auto('k')*confidence_penalty.on(logits='response_logits')"
+    with pytest.raises(InputError, match="put all in one place"):
+        train(formula, GradientInfluence())
+
+
+def test_a_formula_alone_says_which_rule_sets_the_weights() -> None:
+    influence = """auto(policy="pareto", method="influence(mu=0.05)")*"""
+    run = train(" + ".join(influence + term for term in apart("rloo", BANDIT.names).split(" + ")))
+    assert sum(run.weights.values()) == pytest.approx(1.0)
+    assert run.weights == pytest.approx(train(apart("rloo", BANDIT.names), GradientInfluence(mu=0.05)).weights)
+    guided = """auto(policy="pareto", method="hypervolume(directions='a, b, -c', temperature=0.001)")*"""
+    run = train(guided + together("rloo", BANDIT.names), evaluate=evaluate, validate_every=1)
+    assert 0.5 <= run.weights["rloo"] <= 2.0
+    inside_ = inside("rloo").replace("auto('a')", "auto('a', policy='pareto', method='influence(mu=0.05)')")
+    inside_ = inside_.replace("auto('b')", "auto('b', policy='pareto', method='influence(mu=0.05)')")
+    inside_ = inside_.replace("auto('c')", "auto('c', policy='pareto', method='influence(mu=0.05)')")
+    assert sum(train(inside_).weights.values()) == pytest.approx(1.0)

@@ -5,8 +5,8 @@ collections. MLP 64-128-64-10, 64 + 64 examples a step, 300 steps of SGD (0.05, 
 reversal warms up over 10 steps, the authors' share of a run (1,000 of 30,000).
 
 The judged branch is dominance, the one that the authors' released code always runs. Every weight acts on what the three objectives
-share, which here includes the head, as in the reference study; `--full` also leaves the head to the labels, and runs the ablations,
-a grid of fixed weights and other balancers.
+share, which here includes the head; `--full` also leaves the head to the labels, as the authors do, and runs the ablations, CDAN and
+MDD, a grid of fixed weights and other balancers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ from torch import Tensor, nn
 
 from poise.claims import Claim, Finding, Progress
 from poise.data.domain_pairs import DomainPairs
-from poise.objective import Objective, Value
+from poise.objective import Objective, Term, Value
 from poise.quantities import derive
 from poise.readouts import DomainFeatures
 from poise.solvers.torch_optimizers import SGD
 from poise.tasks.digit_domains import DigitDomains, load_digit_domains
-from poise.terms import DomainAdversarial, MutualInformation, SourceClassification, TargetClassification
-from poise.terms.domain import reverse_gradient
+from poise.terms.domain import (
+    ConditionalDomainAdversarial,
+    DomainAdversarial,
+    MarginDisparity,
+    MutualInformation,
+    SourceClassification,
+    TargetClassification,
+    reverse_gradient,
+)
 from poise.training import fit
 from poise.weights.pareto import EPO, MGDA, Balancer, FixedPreference, GuidedPareto, PCGrad
 
@@ -71,8 +78,14 @@ class TargetInUnits(TargetClassification):
     factor = 1.0
 
     def forward(
-        self, logits: Tensor, domain: Tensor, features: Tensor | None = None, target: Tensor | None = None
+        self,
+        logits: Tensor,
+        domain: Tensor,
+        features: Tensor | None = None,
+        target: Tensor | None = None,
+        frozen_head_logits: Tensor | None = None,
     ) -> Value:
+        logits = logits if frozen_head_logits is None else frozen_head_logits
         out = super().forward(reverse_gradient(logits, -self.factor), domain, features, target)
         return Value(self.factor * out.values, out.values if out.surrogate is None else out.surrogate)
 
@@ -89,6 +102,7 @@ class Method:
         refine: of target classification.
         guide: "held out", or "train" for the rows that are trained on.
         free_head: objectives on target rows move the head too.
+        alignment: "dann", "cdan" or "mdd".
     """
 
     name: str
@@ -98,6 +112,7 @@ class Method:
     refine: Any = "bayes"
     guide: str = "held out"
     free_head: bool = True
+    alignment: str = "dann"
 
 
 def guided(upper: Any, **options: Any) -> GuidedPareto:
@@ -120,6 +135,15 @@ METHODS = (
     Method(BAD_GUIDED, partial(guided, branch="dominance", normalize="loss"), units=BAD),
 )
 MORE = (
+    *(
+        Method(f"{alignment.upper()}, {name}", policy, terms, alignment=alignment)
+        for alignment in ("cdan", "mdd")
+        for name, policy, terms in (
+            ("alone", None, 2),
+            ("equal weights", partial(watched, make=FixedPreference), 3),
+            ("guided, dominance", partial(guided, branch="dominance"), 3),
+        )
+    ),
     Method("MGDA", partial(watched, make=MGDA)),
     Method("PCGrad", partial(watched, make=PCGrad)),
     Method("EPO, equal values", partial(watched, make=EPO)),
@@ -240,11 +264,20 @@ def _train(method: Method, data: DigitDomains, seed: int) -> Outcome:
 
 
 def _objective(method: Method, target: TargetClassification, seed: int) -> Objective:
-    alignment = AlignmentInUnits(WIDTH, HIDDEN, warmup=STEPS / 30, seed=seed)
-    alignment.factor = method.units[0]
-    terms = [SourceClassification().named("S"), alignment.named("D"), target.named("T")]
+    terms = [SourceClassification().named("S"), _alignment(method, seed).named("D"), target.named("T")]
     objective: Objective = sum(terms[1 : method.terms], terms[0])
     return objective
+
+
+def _alignment(method: Method, seed: int) -> Term:
+    warmup = STEPS / 30
+    if method.alignment == "cdan":
+        return ConditionalDomainAdversarial(WIDTH, CLASSES, HIDDEN, warmup=warmup, seed=seed)
+    if method.alignment == "mdd":
+        return MarginDisparity(WIDTH, CLASSES, HIDDEN, warmup=warmup, seed=seed)
+    dann = AlignmentInUnits(WIDTH, HIDDEN, warmup=warmup, seed=seed)
+    dann.factor = method.units[0]
+    return dann
 
 
 def _mlp(seed: int) -> nn.Module:

@@ -66,6 +66,13 @@ EQUAL, RANDOM, MERGED, A, A_FIXED, A_BUDGET = "equal", "random", "merged", "A", 
 ADDITION_STEPS, ADDITION_EVERY, ADDITION_RATE, ADDITION_STRENGTH = 60, 10, 1e-3, 0.1
 LOSSES = {"grpo": "grpo(R)", "rloo": "rloo(R)", "reinforce": "reinforce(baseline='whitened', R)"}
 
+# Volumes above a corner: from the initial policy every gain of one reward costs another, and nothing dominates it.
+WALKS: dict[str, tuple[Walk, float, tuple[float, ...]]] = {
+    "sea": (deep_sea_treasure(), 0.02, (0.0, -25.0)),
+    "gathering": (resource_gathering(), 2.0, (-0.1, -0.1, -1.0, -1.1)),
+}
+"""Environment, learning rate and reference of the walks."""
+
 
 def grid(names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return fixed weights by name: the corners of the simplex, the middles of its edges, and its centre."""
@@ -243,9 +250,9 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
         language.append(_additions(prior, seed + i, (2 if full else 1) * ADDITION_STEPS, full))
     walks: dict[str, dict[str, float]] = {}
     if full:
-        for name, walk, rate in (("sea", deep_sea_treasure(), 0.02), ("gathering", resource_gathering(), 2.0)):
+        for name, (walk, rate, low) in WALKS.items():
             tell(0.95, name)
-            walks[name] = _volumes(dict(_methods(walk, seed, rate)))
+            walks[name] = _volumes(dict(_methods(walk, seed, rate)), low)
     return _judge(
         Study(volumes, paths, [_volumes(each, [0.0] * len(REWARD_NAMES)) for each in language], language, walks)
     )

@@ -14,15 +14,16 @@ from poise.readouts.supervised import Classification
 
 
 class DomainFeatures(Classification):
-    """Offer `features` [batch, width] and `logits` [batch, classes], from one forward pass over both domains.
+    """Offer `features` [batch, width], `logits` and `frozen_head_logits` [batch, classes], from one forward pass over both domains.
 
-    One pass, so that batch statistics are those of the joined batch. `features` is what enters the head. On rows of the target
-    (`domain` negative) the logits go through a constant copy of the head: an objective on unlabelled rows then moves the
-    features, and the head learns from labels alone. All values are those of the plain model.
+    One pass, so that batch statistics are those of the joined batch. `features` is what enters the head, and
+    `frozen_head_logits` are the same numbers as `logits`, through a constant copy of the head: `target_classification` and
+    `mutual_information` read them where they are offered, so that the head learns from labels alone and its parameters are
+    not among those that objectives share.
 
     Args:
         head: name of the submodule that makes logits from features; the last linear layer where nothing is said.
-        target_trains_head: let objectives on target rows move the head as well.
+        target_trains_head: do not offer `frozen_head_logits`; objectives without labels then move the head as well.
 
     Raises:
         InputError: the model has no such submodule.
@@ -39,12 +40,7 @@ class DomainFeatures(Classification):
 
         def run() -> Tensor:
             out, kept["features"] = model.run(_OutAndFeatures(name), batch["input"])
-            logits = self._output(out)
-            # Losses are taken in float32 whatever the forward pass computed in.
-            logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            if self.target_trains_head or "domain" not in batch:
-                return logits
-            return self._split_at_the_head(model, name, kept["features"], logits, batch["domain"])
+            return _in_float(self._output(out))
 
         def features() -> Tensor:
             batch["logits"]
@@ -52,21 +48,19 @@ class DomainFeatures(Classification):
 
         batch.offer("logits", run)
         batch.offer("features", features)
+        if not self.target_trains_head:
+            batch.offer("frozen_head_logits", lambda: self._through_constant_head(model, name, batch["features"]))
         self._offer_more(batch)
         batch.put("model", model)
         if "parameters" in reads:
             batch.put("parameters", model.parameters)
         return batch
 
-    def _split_at_the_head(
-        self, model: ModelView, name: str, features: Tensor, logits: Tensor, domain: Tensor
-    ) -> Tensor:
-        module = model.module.get_submodule(name)
-        prefix = f"{name}." if name else ""
-        own = {n: (model.at or {}).get(prefix + n, p).detach() for n, p in module.named_parameters()}
+    def _through_constant_head(self, model: ModelView, name: str, features: Tensor) -> Tensor:
+        head, at = model.module.get_submodule(name), model.at or {}
+        own = {n: at.get(f"{name}.{n}", p).detach() for n, p in head.named_parameters()}
         with model.autocast():
-            constant = torch.func.functional_call(module, own, (features,))
-        return torch.where((domain >= 0)[:, None], logits, constant.to(logits.dtype))
+            return _in_float(self._output(torch.func.functional_call(head, own, (features,))))
 
     def _name_of_head(self, module: nn.Module) -> str:
         if self.head is None:
@@ -100,4 +94,9 @@ class _OutAndFeatures:
                 f"DomainFeatures: the head {self.head!r} must be called once with features [batch, width], and it was called "
                 f"{len(entered)} times."
             )
-        return out, entered[0].float() if entered[0].dtype in (torch.bfloat16, torch.float16) else entered[0]
+        return out, _in_float(entered[0])
+
+
+def _in_float(x: Tensor) -> Tensor:
+    """Losses are taken in float32 whatever the forward pass computed in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -147,20 +147,22 @@ def _without_beginnings(ways: Sequence[_Way], rising: bool) -> list[_Way]:
 def _policies(page: Page) -> list[_Way]:
     found = []
     for formula in page.summary.formulas:
-        if not any(name.startswith("policy/weight/") for name in formula.curves) or not _measured(page, formula):
+        if not _has_policy(formula) or not _measured(page, formula):
             continue
         seconds, curve = formula.cost.seconds.mean, formula.curves.get(f"valid/{page.metric.name}")
+        before = _tuning_seconds(page, formula)
         path = []
         if curve is not None and curve.steps and curve.steps[-1]:
             seen = [
-                (seconds * step / curve.steps[-1], value)
+                (before + seconds * step / curve.steps[-1], value)
                 for step, value in zip(curve.steps, curve.mean, strict=True)
                 if value is not None
             ]
             path = list(zip([x for x, _ in seen], _running_best([y for _, y in seen], _rising(page)), strict=True))
         letter = page.key(formula.index).letter
         test = formula.metrics[page.metric.name]
-        found.append(_Way((formula.index,), f"policy of {letter}, one run", "", seconds, test, tuple(path)))
+        name = f"policy of {letter}, " + ("one run" if not before else "after its search of the learning rate")
+        found.append(_Way((formula.index,), name, "", before + seconds, test, tuple(path)))
     return found
 
 
@@ -168,10 +170,10 @@ def _searches(page: Page) -> list[_Way]:
     found = []
     for formula in page.summary.formulas:
         rows = [row for row in page.summary.trials if row.formula == formula.index]
-        if not rows or not _measured(page, formula):
+        if not _searched(page, formula) or not _measured(page, formula):
             continue
         seeds = sorted({row.seed for row in rows})
-        tuning = formula.cost.tuning_seconds / len(seeds)
+        tuning = _tuning_seconds(page, formula)
         each = max(sum(1 for row in rows if row.seed == seed and row.rung == 0) for seed in seeds)
         letter = page.key(formula.index).letter
         found.append(
@@ -224,30 +226,29 @@ def _grids(page: Page, terms: set[tuple[str, ...]]) -> list[_Way]:
         if len(grid) < 2:
             continue
         valid = [_last_by_seed(f.curves.get(f"valid/{metric.name}")) for f in grid]
-        seconds = [f.cost.seconds.mean for f in grid]
+        seconds = [f.cost.seconds.mean + _tuning_seconds(page, f) for f in grid]
         reached, tests = [], {(f.index, run.seed): run.metrics.get(metric.name) for f in grid for run in f.seeds}
         path: list[list[float]] = []
         for seed in sorted(set.intersection(*(set(by_seed) for by_seed in valid))):
             scores = [by_seed[seed] for by_seed in valid]
             best = (max if rising else min)(range(len(grid)), key=scores.__getitem__)
-            if (test := tests.get((grid[best].index, seed))) is not None:
-                reached.append(test)
+            if (value := tests.get((grid[best].index, seed))) is not None:
+                reached.append(value)
             path.append(expected_best(scores, rising))
         if not reached:
             continue
         each = math.fsum(seconds) / len(seconds)
+        test = t_interval(reached).within(0.0, 1.0) if metric.percent else t_interval(reached)
         steps = [((k + 1) * each, math.fsum(row[k] for row in path) / len(path)) for k in range(len(grid))]
         name = f"grid of {len(grid)} fixed weights"
-        found.append(
-            _Way(tuple(f.index for f in grid), name, "grid", math.fsum(seconds), t_interval(reached), tuple(steps))
-        )
+        found.append(_Way(tuple(f.index for f in grid), name, "grid", math.fsum(seconds), test, tuple(steps)))
     return found
 
 
 def _plain_seconds(page: Page, terms: set[tuple[str, ...]]) -> float:
     """Return what one training with fixed weights takes: of the same terms where there is one, else of the baseline."""
     alike = [f for f in page.summary.formulas if f.terms in terms and _fixed(page, f) and f.seeds]
-    tuned = [f for f in page.summary.formulas if f.selected and f.seeds]
+    tuned = [f for f in page.summary.formulas if _searched(page, f) and f.seeds]
     chosen = alike or tuned or [page.summary.formulas[0]]
     return math.fsum(f.cost.seconds.mean for f in chosen) / len(chosen)
 
@@ -256,8 +257,24 @@ def _terms(page: Page, way: _Way) -> tuple[str, ...]:
     return page.summary.formulas[way.formulas[0]].terms
 
 
+def _searched(page: Page, formula: FormulaSummary) -> bool:
+    """Say whether trials looked for weights, and not for the learning rate alone."""
+    return not _has_policy(formula) and any(row.weights for row in page.summary.trials if row.formula == formula.index)
+
+
 def _fixed(page: Page, formula: FormulaSummary) -> bool:
-    return not formula.curves_of("policy") and all(row.formula != formula.index for row in page.summary.trials)
+    """Say whether nothing looked for its weights: no policy, no trial, no multiplier."""
+    return not _has_policy(formula) and not _searched(page, formula) and not formula.curves_of("constraint")
+
+
+def _has_policy(formula: FormulaSummary) -> bool:
+    return any(name.startswith("policy/weight/") for name in formula.curves)
+
+
+def _tuning_seconds(page: Page, formula: FormulaSummary) -> float:
+    """Return what the trials of one seed took."""
+    seeds = {row.seed for row in page.summary.trials if row.formula == formula.index}
+    return formula.cost.tuning_seconds / len(seeds) if seeds else 0.0
 
 
 def _measured(page: Page, formula: FormulaSummary) -> bool:

@@ -41,7 +41,8 @@ def quadratic(seed: int = 0, largest: float = 3.0, rows: int = 200, d: int = 10)
 
     def matrix() -> Tensor:
         columns, _ = torch.linalg.qr(torch.randn(rows, d, generator=generator, dtype=torch.float64))
-        return columns * torch.linspace(1, largest, d, dtype=torch.float64)
+        scaled: Tensor = columns * torch.linspace(1, largest, d, dtype=torch.float64)
+        return scaled
 
     def vector(size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)
@@ -67,6 +68,7 @@ def quadratic(seed: int = 0, largest: float = 3.0, rows: int = 200, d: int = 10)
             "strong_convexity": 1.0,
             "smoothness": largest**2,
             "upper_lipschitz": largest**2,
+            "jacobian_norm": float(torch.linalg.matrix_norm(a2.T @ a3, 2)),
             "jacobian_lipschitz": 0.0,
             "inverse_lipschitz": 0.0,
         },

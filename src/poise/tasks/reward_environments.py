@@ -34,6 +34,7 @@ __all__ = [
     "Walk",
     "WalkAgent",
     "deep_sea_treasure",
+    "measured",
     "resource_gathering",
 ]
 

@@ -39,6 +39,7 @@ __all__ = [
 Refining = Literal["bayes", "code", "none"]
 _ROWS = {
     "logits": "float [batch, classes]",
+    "frozen_head_logits": "float [batch, classes]",
     "features": "float [batch, width]",
     "target": "int64 [batch]",
     "domain": "int64 [batch]",
@@ -300,7 +301,7 @@ class MutualInformation(Term):
     Args:
         shifted: add log K, so that the value is never negative; the form for a guide (`poise.weights.pareto.GuidedPareto`).
 
-    Reads: `logits` float [batch, classes] (log-probabilities are logits too).
+    Reads: `logits` float [batch, classes] (log-probabilities are logits too), or `frozen_head_logits` where they are offered.
     Returns: float [batch], nats: -KL(p || q), in [-log K, 0] on average.
 
     Example:
@@ -314,14 +315,15 @@ class MutualInformation(Term):
     formula = "mutual_information"
     equation: ClassVar[str] = "mean_i H(p_i) - H(mean_i p_i)"
     source: ClassVar[str] = "arXiv:2112.04137"
-    expects: ClassVar[dict[str, str]] = {"logits": "float [batch, classes]"}
+    expects: ClassVar[dict[str, str]] = _ROWS
     couples: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, shifted: bool = False) -> None:
         super().__init__()
         self.shifted = shifted
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, frozen_head_logits: Tensor | None = None) -> Tensor:
+        logits = logits if frozen_head_logits is None else frozen_head_logits
         values = _minus_information(logits.log_softmax(-1))
         return values + math.log(logits.shape[-1]) if self.shifted else values
 
@@ -413,8 +415,9 @@ class TargetClassification(Term):
         refine: "bayes", "code" (see `refined_log_probabilities`), or "none", which needs neither features nor labels.
         shifted: add log K, so that the value is never negative; the form for a guide.
 
-    Reads: `logits` float [batch, classes]; `domain` int64 [batch], negative for the target; unless refine="none" also
-        `features` float [batch, dim] and `target` int64 [batch], of which the source rows' labels teach the discriminators.
+    Reads: `logits` float [batch, classes], or `frozen_head_logits` where they are offered (`poise.readouts.DomainFeatures`): the
+        head then learns from labels alone, as the authors have it; `domain` int64 [batch], negative for the target; unless
+        refine="none" also `features` float [batch, dim] and `target` int64 [batch], whose source rows teach the discriminators.
     Returns: float [batch], nats, 0 on source rows, which are not counted; publishes `refined` [batch, classes]. A batch without
         source rows, such as a guide's, teaches the discriminators nothing.
 
@@ -464,8 +467,14 @@ class TargetClassification(Term):
         return _counted(domain < 0, sample_weight)
 
     def forward(
-        self, logits: Tensor, domain: Tensor, features: Tensor | None = None, target: Tensor | None = None
+        self,
+        logits: Tensor,
+        domain: Tensor,
+        features: Tensor | None = None,
+        target: Tensor | None = None,
+        frozen_head_logits: Tensor | None = None,
     ) -> Value:
+        logits = logits if frozen_head_logits is None else frozen_head_logits
         if logits.shape[1] != self.classes:
             raise QuantityError(
                 f"target_classification: it was made for classes={self.classes}, and the logits have {logits.shape[1]}."

@@ -341,9 +341,14 @@ def constraint(
         every=every, largest=largest, tolerance=tolerance,
     )  # fmt: skip
     charged = _summands(constrained)
+    if not charged:
+        # A weight that is the number 0 removes its term, and with all its terms a constraint.
+        return Objective()
     if measured is None:
         return Objective(replace(s, weight=DualWeight(module, s.weight)) for s in charged)
     seen = [replace(s, term=_without_gradient(s.term)) for s in _summands(measured)]
+    if not seen:
+        raise InputError("constraint: measured has no term; a weight that is the number 0 removes its term.")
     return Objective(
         [
             *(replace(s, weight=ProxyWeight(module, s.weight)) for s in charged),
@@ -354,8 +359,6 @@ def constraint(
 
 def _summands(given: Term | Objective) -> tuple[Summand, ...]:
     summands = given.summands if isinstance(given, Objective) else (Summand(given),)
-    if not summands:
-        raise InputError("constraint: there is no term to constrain; a weight that is the number 0 removes its term.")
     if any(isinstance(leaf, PricedWeight) for s in summands for leaf in leaves_of(s.weight)):
         raise InputError("constraint: a constraint cannot be constrained again.")
     return summands

@@ -69,14 +69,15 @@ class PerSampleWeight(nn.Module):
         self.transform = transform
         self.register_buffer("raw", torch.full((n,), float(init), dtype=dtype))
 
-    def forward(self, index: Tensor, raw: Tensor | None = None) -> Tensor:
+    def forward(self, index: Tensor | None, raw: Tensor | None = None) -> Tensor:
         """Return the weights of a batch, [batch].
 
         Args:
-            index: int64 [batch], positions in the training set.
+            index: int64 [batch], positions in the training set; None for all of it.
             raw: lambda [n] in place of the buffer.
         """
-        return TRANSFORMS[self.transform]((self.raw if raw is None else raw)[index])
+        chosen = self.raw if raw is None else raw
+        return TRANSFORMS[self.transform](chosen if index is None else chosen[index])
 
     @property
     def values(self) -> Tensor:

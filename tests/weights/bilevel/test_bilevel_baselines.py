@@ -32,14 +32,14 @@ METHODS: dict[str, Callable[[], BilevelMethod]] = {
     "MA-SOBA": lambda: SOBA(scalar(), [ZERO], [ZERO], lr=0.05, inner_lr=0.5, system_lr=0.5, momentum=0.5),
     "TTSA": lambda: TTSA(scalar(), [ZERO], [ZERO], lr=0.02, inner_lr=0.5, system_lr=0.3),
     "F2SA": lambda: F2SA(scalar(), [ZERO], [ZERO], lr=0.1, inner_lr=0.5),
-    "V-PBGD": lambda: VPBGD(scalar(), [ZERO], [ZERO], gamma=20.0, lr=0.01, inner_lr=0.5),
+    "V-PBGD": lambda: VPBGD(scalar(), [ZERO], [ZERO], gamma=5.0, lr=0.05, inner_lr=0.5),
     "BOME": lambda: BOME(scalar(), [ZERO], [ZERO], lr=0.05, inner_lr=0.5),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_rival_finds_the_best_upper_variable(name: str) -> None:
-    assert float(METHODS[name]().run(1000).theta[0]) == pytest.approx(B / A, abs=0.02)
+    assert float(METHODS[name]().run(250).theta[0]) == pytest.approx(B / A, abs=0.02)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -66,13 +66,13 @@ def test_the_randomly_truncated_series_is_right_on_average() -> None:
         lambda x, u, _: (x[0] - B).square().sum() / 2,
     )
     found = []
-    for seed in range(600):
+    for seed in range(300):
         method = TTSA(levels, [ZERO + 3.0], [ZERO], lr=1.0, inner_lr=1e-12, system_lr=0.5, terms=4, seed=seed)
         method._checked = True
         method.step()
         found.append(-method.theta[0])
     series = sum(0.5 * (1 - 0.5 * 0.8) ** p for p in range(4)) * (3.0 - B)
-    assert float(torch.cat(found).mean()) == pytest.approx(series, rel=0.05)
+    assert float(torch.cat(found).mean()) == pytest.approx(series, rel=0.08)
 
 
 def test_bome_takes_the_multiplier_that_makes_the_gap_fall() -> None:

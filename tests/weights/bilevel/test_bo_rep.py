@@ -175,6 +175,14 @@ def test_refinement_solves_the_lower_level_to_a_tolerance_and_by_epochs_reduces_
     assert float((epochs.x[0] - solved).norm()) < 0.5 * float((plain.x[0] - solved).norm())
 
 
+def test_the_first_step_refines_by_itself_where_it_is_told_to() -> None:
+    by_hand, by_itself = make().refine(steps=7), make(refine_steps=7)
+    for _ in range(5):
+        by_hand.step()
+        by_itself.step()
+        assert torch.equal(by_hand.theta[0], by_itself.theta[0])
+
+
 def test_the_single_loop_moves_everything_at_every_step() -> None:
     method = make(single_loop=True, inner_lr=0.5).refine(steps=5)
     before = method.x[0]
@@ -245,6 +253,7 @@ def test_the_probe_sees_smoothness_grow_with_the_gradient() -> None:
     ("call", "message"),
     [
         (lambda: make(period=0), "period is at least 1"),
+        (lambda: make(refine_steps=-1), "refine_steps is at least 0"),
         (lambda: make(lr=-1.0), "lr must be positive"),
         (lambda: make(radius=0.0), "radius must be positive"),
         (lambda: make(momentum=1.0), "momentum lies in"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from random_gradients import Array, gradients, gram, make
 from torch import Tensor
 
-from poise.errors import InputError
+from poise.errors import InputError, NonFiniteError
 from poise.weights import pareto
 from poise.weights.pareto import (
     EPO,
@@ -241,5 +241,5 @@ def test_one_term_alone_and_a_gradient_that_is_not_finite_are_refused() -> None:
         MGDA().weights(signals(make(0, 1, 1, 0.0, "none"), torch.ones(1)))
     j = make(0, 2, 2, 0.0, "none")
     j[1, 0] = np.nan
-    with pytest.raises(InputError, match="gradient of b is not finite"):
+    with pytest.raises(NonFiniteError, match="gradient of b is not finite"):
         MGDA().weights(signals(j, torch.ones(2)))

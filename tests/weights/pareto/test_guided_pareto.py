@@ -236,7 +236,7 @@ def test_a_gradient_that_is_zero_has_no_scale_and_breaks_nothing() -> None:
 
 def signals(g: Tensor, v: Tensor, value: float = 1.0, names: tuple[str, ...] = ("a", "b", "c")) -> Any:
     table = GradientTable(names, torch.ones(len(g)), [{"w": row} for row in g])
-    guide = SimpleNamespace(gradient=lambda: {"w": v}, value=lambda: torch.tensor(value))
+    guide = SimpleNamespace(gradient=lambda: {"w": v}, latest_value=torch.tensor(value))
     return SimpleNamespace(gradients=table, validation=guide)
 
 

@@ -75,7 +75,6 @@ def hyper_cleaning(
     data = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=dtype)], 1)
     (x0, x1, x2), (y0, y1, y2) = (tuple(source[p] for p in parts) for source in (data, labels))
     flipped = flip_labels(y0, noise, include_own=False, seed=derive(seed, "noise"), classes=10)
-    everything = torch.arange(train)
     weight = PerSampleWeight(train, init=start, dtype=dtype)
 
     def logits(w: Tensors, x: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def hyper_cleaning(
         return torch.matmul(torch.tanh(x @ w[0]), w[1][..., :-1, :]) + w[1][..., -1:, :]
 
     def lower(w: Tensors, theta: Tensors, rows: Tensor | None) -> Tensor:
-        weights = weight(everything if rows is None else rows, theta[0])
+        weights = weight(rows, theta[0])
         losses = cross_entropy(logits(w, taken(x0, rows)), taken(flipped.target, rows))
         penalty = torch.stack([t.square().sum((-2, -1)) for t in w]).sum(0)
         value: Tensor = (weights * losses).mean(-1) + decay * penalty

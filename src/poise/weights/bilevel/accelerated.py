@@ -144,7 +144,12 @@ class AcceleratedGradient:
 
 
 class _Sweep:
-    """One solution: the state of the iteration over the samples that are not done."""
+    """One solution: the state of the iteration over the samples that are not done.
+
+    `rows`, `point`, `before`, `target`, `mu`, `smooth`, `done` are of the samples that are left, `places` says which they are (None
+    while all are). A sample that is done keeps the point at which it was, and leaves when half of the others are done too: earlier
+    the copy would not pay.
+    """
 
     def __init__(
         self,
@@ -157,30 +162,31 @@ class _Sweep:
         smooth: Tensor,
     ) -> None:
         self.solver, self.theta, self.batch, self.form = solver, theta, batch, x
-        self.best, self.sizes = rows.clone(), torch.full_like(rows[:, 0], math.inf)
-        self.point, self.before = rows, rows
-        self.mu, self.smooth = mu, smooth
-        self.places: Tensor | None = None  # of the rows that are left; None while all are
+        self.point = self.before = self.measured = rows
+        self.best = rows.clone() if solver.samples else rows
+        self.sizes = self.now = torch.full_like(rows[:, 0], math.inf)
+        self.least, self.changed = math.inf, False
+        self.mu, self.left_smooth, self.smooth = mu, smooth, smooth
+        self.places: Tensor | None = None
+        self.done = torch.zeros_like(mu, dtype=torch.bool)
         self.iterations, self.status = 0, "iteration cap"
-        self.least = self.target = math.inf
+        self._pace()
 
     def run(self, target: Tensor) -> _Sweep:
         """Iterate until every gradient is below its target."""
-        solver = self.solver
-        watch = solver.smoothness is None
+        watch, record = self.solver.smoothness is None, self._record_rows if self.solver.samples else self._record
+        self.target = target
         mark, marked = math.inf, 0
         last: tuple[Tensor, Tensor] | None = None
-        left, beta, self.target = target, self._momentum(), max(float(target.min()), 1e-300)
         patience = 100 + 20 * math.sqrt(float((self.smooth / self.mu).max()))
-        for k in range(solver.max_iterations):
+        for k in range(self.solver.max_iterations):
             gradient = self._gradient()
             self.iterations = k + 1
-            size = _norms(gradient)
-            worst = self._record(size, left)
+            worst = record(_norms(gradient))
             if worst <= 1:
                 self.status = "converged"
                 break
-            if math.isnan(worst):
+            if not math.isfinite(worst):
                 self.status = "not finite"
                 break
             if worst < 0.5 * mark:
@@ -188,60 +194,69 @@ class _Sweep:
             elif k - marked > patience:
                 self.status = "accuracy floor"
                 break
-            if watch and last is not None and self._raise_smoothness(gradient, last):
-                beta = self._momentum()
             if watch:
+                if last is not None and self._raise_smoothness(gradient, last):
+                    self._pace()
                 last = self.point, gradient
-            following = self.point - gradient / self._smooth_left()
-            self.point, self.before = torch.addcmul(following, beta, following - self.before), following
-            if solver.samples and len(size) > 1:
-                left, beta, last = self._drop(size, left, beta, last)
+            following = torch.addcmul(self.point, gradient, self.step, value=-1)
+            self.point, self.before = torch.lerp(self.before, following, self.momentum), following
+            if self._thinned():
+                last = None
+        if self.solver.samples:
+            self._keep(~self.done)
         return self
 
     def _gradient(self) -> Tensor:
-        like = self.form if self.places is None else tuple(t[: len(self.point)] for t in self.form)
-        batch = self.batch if self.places is None else self.places
-        found = self.solver.levels.lower_gradient(unpacked(self.point, like, self.solver.samples), self.theta, batch)
+        form, batch, self.measured = self.form, self.batch, self.point
+        if self.places is not None:
+            form, batch = tuple(t[: len(self.point)] for t in form), self.places
+        found = self.solver.levels.lower_gradient(unpacked(self.point, form, self.solver.samples), self.theta, batch)
         return packed(found, self.solver.samples)
 
-    def _record(self, size: Tensor, left: Tensor) -> float:
-        """Keep the best point of each sample; return the largest of their gradients, relative to what it should be."""
-        if not self.solver.samples:
-            now = float(size)
-            if now < self.least:
-                self.best, self.sizes, self.least = self.point, size, now
-            return self.least / self.target if math.isfinite(now) else math.nan
-        places = self._places()
-        better = size < self.sizes[places]
-        self.best[places[better]], self.sizes[places[better]] = self.point[better], size[better]
-        worst = float((self.sizes[places] / left).max())
-        return worst if math.isfinite(float(size.sum())) else math.nan
+    def _record(self, size: Tensor) -> float:
+        """Keep the best point; return its gradient relative to what it should be."""
+        now = float(size)
+        if now < self.least:
+            self.best, self.sizes, self.least = self.point, size, now
+        return self.least / max(float(self.target), 1e-300) if math.isfinite(now) else math.inf
 
-    def _places(self) -> Tensor:
-        return torch.arange(len(self.point), device=self.point.device) if self.places is None else self.places
+    def _record_rows(self, size: Tensor) -> float:
+        """Keep the points of the samples that have just come near enough; return the largest gradient of the others."""
+        self.now = size
+        ratio = (size / self.target).masked_fill_(self.done, 0.0)
+        worst, least = float(ratio.max()), float(ratio.masked_fill(self.done, math.inf).min())
+        if least <= 1:
+            fresh = (ratio <= 1) & ~self.done
+            self._keep(fresh)
+            self.done = self.done | fresh
+            self.changed = True
+        return worst
 
-    def _drop(
-        self, size: Tensor, left: Tensor, beta: Tensor, last: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Leave out the samples that are done, once they are half: fewer would not pay for the copy."""
-        places = self._places()
-        keep = self.sizes[places] > left
-        if int(keep.sum()) > len(size) // 2:
-            return left, beta, last
-        self.places, self.point, self.before = places[keep], self.point[keep], self.before[keep]
-        if last is not None:
-            last = last[0][keep], last[1][keep]
-        return left[keep], beta[keep], last
+    def _keep(self, which: Tensor) -> None:
+        """Write the points of some samples, and the sizes of their gradients, to the result."""
+        places = which.nonzero().flatten() if self.places is None else self.places[which]
+        self.sizes = self.sizes.clone()
+        self.best[places], self.sizes[places] = self.measured[which], self.now[which]
 
-    def _momentum(self) -> Tensor:
-        root, low = self._smooth_left().sqrt(), self._left(self.mu)[:, None].sqrt()
-        return (root - low) / (root + low)
+    def _thinned(self) -> bool:
+        """Leave out the samples that are done, once they are half."""
+        if not self.changed or 2 * int(self.done.sum()) < len(self.done):
+            return False
+        keep = ~self.done
+        all_places = torch.arange(len(keep), device=keep.device) if self.places is None else self.places
+        self.places = all_places[keep]
+        self.point, self.before, self.target = self.point[keep], self.before[keep], self.target[keep]
+        self.mu, self.left_smooth, self.done = self.mu[keep], self.left_smooth[keep], self.done[keep]
+        self.measured, self.now = self.measured[keep], self.now[keep]
+        self.changed = False
+        self._pace()
+        return True
 
-    def _smooth_left(self) -> Tensor:
-        return self._left(self.smooth)[:, None]
-
-    def _left(self, values: Tensor) -> Tensor:
-        return values if self.places is None else values[self.places]
+    def _pace(self) -> None:
+        """Step and momentum of the samples that are left, [samples, 1]."""
+        root, low = self.left_smooth.sqrt(), self.mu.sqrt()
+        self.step = (1 / self.left_smooth)[:, None]
+        self.momentum = (1 + (root - low) / (root + low))[:, None]
 
     def _raise_smoothness(self, gradient: Tensor, last: tuple[Tensor, Tensor]) -> bool:
         """Raise L where the gradient has changed faster than it allows."""
@@ -249,20 +264,21 @@ class _Sweep:
         # Below this the difference of two gradients is rounding.
         far = moved > 1e3 * torch.finfo(moved.dtype).eps * (1 + _norms(self.point))
         ratio = torch.where(far, changed / moved, 0.0)
-        low = ratio > 1.0001 * self._left(self.smooth)
+        low = ratio > 1.0001 * self.left_smooth
         if not bool(low.any()):
             return False
-        raised = torch.where(low, 1.05 * ratio, self._left(self.smooth))
-        if float(raised.max()) > 1e5 * self.solver._first_smoothness:
+        self.left_smooth = torch.where(low, 1.05 * ratio, self.left_smooth)
+        most = float(self.left_smooth.max())
+        if most > 1e5 * self.solver._first_smoothness:
             raise InputError(
-                "The lower objective does not look smooth: its gradient changes by "
-                f"{float(raised.max()):.3g} times the distance. Smooth its kinks (sqrt(u^2 + nu^2) in place of |u|)."
+                f"The lower objective does not look smooth: its gradient changes by {most:.3g} times the distance. Smooth its kinks "
+                "(sqrt(u^2 + nu^2) in place of |u|)."
             )
         if self.places is None:
-            self.smooth = raised
+            self.smooth = self.left_smooth
         else:
             self.smooth = self.smooth.clone()
-            self.smooth[self.places] = raised
+            self.smooth[self.places] = self.left_smooth
         return True
 
 

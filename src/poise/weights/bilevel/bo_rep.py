@@ -60,6 +60,7 @@ class BOREP(BilevelMethod):
         system_steps: steps or iterations for each outer step.
         scaling: "normalized"; "clipped" divides by max(1, ||m|| / clip); "plain" leaves m as it is.
         clip: the norm from which "clipped" clips.
+        refine_steps: of the refinement, made at the first step on its lower batches; 0 leaves it to `refine`, which takes its own.
         radius: of the ball that a refresh may not leave, in the norm of all lower variables jointly; None for none.
         averaging: whether a refresh and a refinement return the average of their iterates.
         single_loop: one lower step at every outer step, beside the other two, instead of refreshes (SLIP).
@@ -96,6 +97,7 @@ class BOREP(BilevelMethod):
         system_steps: int = 1,
         scaling: Scaling = "normalized",
         clip: float = 1.0,
+        refine_steps: int = 0,
         radius: float | None = None,
         averaging: bool = False,
         single_loop: bool = False,
@@ -107,6 +109,7 @@ class BOREP(BilevelMethod):
         self.lr, self.inner_lr, self.momentum = lr, inner_lr, momentum
         self.inner_steps, self.period, self.radius, self.averaging = inner_steps, period, radius, averaging
         self.system_lr, self.system, self.system_steps = system_lr, system, system_steps
+        self.refine_steps = refine_steps
         self.scaling, self.clip, self.single_loop, self.check_stability = scaling, clip, single_loop, check_stability
         self._check_arguments()
         self.q: Tensors = zeros_like(self.x)
@@ -161,6 +164,8 @@ class BOREP(BilevelMethod):
     def _step(self, lower_batch: Any, upper_batch: Any) -> Outer:
         inner_lr = rate_at(self.inner_lr, self.steps)
         due = self.steps % self.period == 0
+        if self.refine_steps and self.steps == 0:
+            self.refine(lambda i: turn(lower_batch, i), steps=self.refine_steps)
         if due and self.steps and not self.single_loop:
             self.x = self._descended(lower_batch, self.inner_steps, inner_lr, self.radius)
         batch = turn(lower_batch, -1)
@@ -243,6 +248,8 @@ class BOREP(BilevelMethod):
         for name, value in positive.items():
             if value is not None and not callable(value) and not value > 0:
                 raise InputError(f"{own}: {name} must be positive, and it is {value}.")
+        if self.refine_steps < 0:
+            raise InputError(f"{own}: refine_steps is at least 0, and it is {self.refine_steps}.")
         if self.period < 1:
             raise InputError(f"{own}: period is at least 1 outer step, and it is {self.period}.")
         if not 0 <= self.momentum < 1:

@@ -121,6 +121,11 @@ class ErrorBound:
             self._raise("upper_lipschitz", float(norm(direction)))
         self._x_direction = direction
 
+    def measure_jacobian(self, theta: Tensors, derivatives: Linearised) -> None:
+        """Measure norm(J) at x; not a running maximum, since it goes with the weights in theta."""
+        if self.given["jacobian_norm"] is None:
+            self.measured["jacobian_norm"] = self._norm_of_jacobian(theta, derivatives)
+
     def measure_lower(
         self,
         x: Tensors,
@@ -131,9 +136,7 @@ class ErrorBound:
         eps: float,
         mu: float,
     ) -> None:
-        """Measure norm(J) at x, and how J and the inverse of H change over a distance of about eps."""
-        if self.given["jacobian_norm"] is None:
-            self.measured["jacobian_norm"] = self._norm_of_jacobian(theta, derivatives)
+        """Measure how J and the inverse of H change over a distance of about eps."""
         wanted = [n for n in ("jacobian_lipschitz", "inverse_lipschitz") if self.given[n] is None]
         if not wanted or found.q is None:
             return
@@ -152,15 +155,21 @@ class ErrorBound:
             change = norm(shifted(there.hessian_product(found.q), -1, derivatives.hessian_product(found.q)))
             self._raise("inverse_lipschitz", float(change) / (mu * length * _positive(norm(found.upper_gradient))))
 
+    def see(self, found: Hypergradient) -> None:
+        """Take what a hypergradient shows of norm(J) for nothing: norm(J' q) / norm(q)."""
+        if self.given["jacobian_norm"] is None and found.q is not None:
+            image = norm(shifted(found.direct, -1, found.gradient))
+            self._raise("jacobian_norm", float(image) / _positive(norm(found.q)))
+
     def _norm_of_jacobian(self, theta: Tensors, derivatives: Linearised) -> float:
         """The largest singular value of J: by power iteration, which goes on from the last direction."""
         if sum(t.numel() for t in theta) == 1:
             return float(norm(derivatives.response_product(tuple(torch.ones_like(t) for t in theta))))
         times, direction = 10, self._random(theta)
         if self._theta_direction is not None:
-            # A part of chance, so that a direction that becomes the largest later on is found.
+            # Half of it by chance, so that a direction that becomes the largest later on is found.
             last = self._theta_direction
-            times, direction = 2, shifted(last, 0.1 * float(norm(last)) / _positive(norm(direction)), direction)
+            times, direction = 2, shifted(last, float(norm(last)) / _positive(norm(direction)), direction)
         top = 0.0
         for _ in range(times):
             size = float(norm(direction))

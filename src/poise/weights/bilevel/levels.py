@@ -120,6 +120,14 @@ class Levels:
             both = gradients(value, (*points, *outer))
         return value.detach(), both[: len(points)], both[len(points) :]
 
+    def upper_gradient_of_theta(self, x: Tensors, theta: Tensors, batch: Any = None) -> tuple[Tensor, Tensors]:
+        """Return the upper objective and its direct gradient in theta at fixed x, detached: a value alone where it reads no theta."""
+        self.counters.upper_gradients += 1
+        points = leaves(theta)
+        with torch.enable_grad():
+            value = self.upper(detached(x), points, batch)
+            return value.detach(), gradients(value, points)
+
     def linearise(self, x: Tensors, theta: Tensors, batch: Any = None) -> Linearised:
         """Return the second derivatives of the lower objective at one point: one graph for any number of products."""
         return Linearised(self, x, theta, batch)

@@ -43,6 +43,9 @@ __all__ = ["MAID", "MAIDStep"]
 FAR = 12.0
 """A log-weight beyond this is a weight below 6e-6 or above 160,000: it runs to 0 or to infinity, and the trace says so."""
 
+MEASURE = 5
+"""How J and the inverse of H change is measured anew after so many steps; norm(J) in each."""
+
 
 @dataclass(frozen=True)
 class MAIDStep:
@@ -218,6 +221,7 @@ class MAID:
         self._move: Tensors | None = None  # of theta since q was solved for
         self._limit = math.inf
         self._tried = self._refined = self._cg = 0
+        self._excess = 1.0  # how much wider the bracket was than a step can bring, in the last line search
         if self.bounds is not None:
             self.theta = self._projected(self.theta)
         _check_deterministic(levels, self.x, self.theta)
@@ -268,7 +272,7 @@ class MAID:
                 accepted = self._line_search(gradient)
                 if accepted is not None:
                     return self._accept(gradient, *accepted)
-                self._tighten("no step is accepted at this accuracy")
+                self._tighten("no step is accepted at this accuracy", self._excess)
         except _Stop as stop:
             self.status = str(stop)
             return self._record(gradient, self.status)
@@ -290,7 +294,8 @@ class MAID:
                 raise _Stop("stationary")
             if not self.check_descent or gradient.omega <= (1 - self.eta) * gradient.norm:
                 return gradient
-            self._tighten("the error of the hypergradient is not below it", gradient)
+            allowed = (1 - self.eta) * gradient.norm
+            self._tighten("the error of the hypergradient is not below it", gradient.omega / max(allowed, 1e-300))
 
     def _linear_system(self, derivatives: Linearised) -> Hypergradient:
         """Solve for q from where it should be by now, and tell the model where it is."""
@@ -326,13 +331,17 @@ class MAID:
         if measure:
             self.bound.measure_upper(self.x, self.theta, times=1 if self.trace else 10)
             if self.check_descent:
-                self.bound.measure_lower(self.x, self.theta, None, derivatives, found, eps, mu)
+                self.bound.measure_jacobian(self.theta, derivatives)
+                if len(self.trace) % MEASURE == 0:
+                    self.bound.measure_lower(self.x, self.theta, None, derivatives, found, eps, mu)
+        self.bound.see(found)
         omega = self.bound.omega(eps, found.residual, float(norm(found.upper_gradient)), mu)
         lower, upper = self.bound.bracket(value, found.upper_gradient, self._distance)
         return _Gradient(found, float(norm(found.gradient)), omega, eps, lower, upper)
 
     def _line_search(self, gradient: _Gradient) -> tuple[float, Tensors, LowerSolution, float, float, float] | None:
         """Return step size, theta, lower solution, value and bracket of the first trial that is accepted, or None."""
+        self._excess = 1.0
         for i in range(self.max_backtracks + self._refined):
             alpha = self.alpha * self.rho**i
             theta = self._projected(shifted(self.theta, -alpha, gradient.found.gradient))
@@ -346,7 +355,9 @@ class MAID:
                 return alpha, theta, solution, float(value), lower, upper
             self._check_budget()
             # A shorter step can bring twice the first-order decrease at most; it has to be seen through the bracket.
-            if 2 * alpha * self.rho * gradient.norm**2 < gradient.found.value.item() - gradient.lower:
+            visible, width = 2 * alpha * self.rho * gradient.norm**2, float(gradient.found.value) - gradient.lower
+            if visible < width:
+                self._excess = width / max(visible, 1e-300)
                 return None
         return None
 
@@ -369,8 +380,12 @@ class MAID:
         eps = float(torch.linalg.vector_norm(solution.distance))
         return self._record(gradient, "accepted", alpha=alpha, value=value, lower=lower, upper=upper, eps=eps)
 
-    def _tighten(self, why: str, gradient: _Gradient | None = None) -> None:
-        """Divide both accuracies, or stop where that is not possible."""
+    def _tighten(self, why: str, excess: float = 1.0) -> None:
+        """Multiply both accuracies by nu, or stop where that is not possible.
+
+        What fails by a factor `excess`, nearly linear in the accuracies, cannot succeed before they have fallen by as much: the powers of
+        nu in between are skipped.
+        """
         if self.fixed:
             raise _Stop(f"stalled: {why}, and it is fixed")
         if self._refined >= self.max_refine:
@@ -378,8 +393,10 @@ class MAID:
         floor = torch.finfo(self.x[0].dtype).eps * max(1e-8, float(norm(self.x)))
         if self.eps * self.nu < floor:
             raise _Stop(self._floor(self.eps))
+        powers = max(1, math.floor(math.log(max(excess, 1.0)) / -math.log(self.nu)))
+        factor = self.nu ** min(powers, 8)
         self._refined += 1
-        self.eps, self.delta = self.nu * self.eps, self.nu * self.delta
+        self.eps, self.delta = max(factor * self.eps, floor), factor * self.delta
         self._check_budget()
 
     def _floor(self, reached: float) -> str:

@@ -80,6 +80,8 @@ class BilevelMethod:
         self.theta: Tensors = project(self.upper_sets, tuple(t.detach().clone() for t in theta))
         self.steps = 0
         self._checked = False
+        self.direct = True
+        """Whether the upper objective reads theta itself; the first step finds out."""
 
     def step(self, lower_batch: Any = None, upper_batch: Any = None) -> Outer:
         """Make one outer step and return what it saw.
@@ -176,7 +178,7 @@ class BilevelMethod:
                 PoiseWarning,
                 stacklevel=3,
             )
-        self._checked = True
+        self._checked, self.direct = True, any(above)
 
     def _reached(self, function: Callable[..., Tensor], batch: Any) -> tuple[list[bool], list[bool]]:
         x, theta = leaves(self.x), leaves(self.theta)

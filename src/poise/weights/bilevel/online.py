@@ -138,7 +138,7 @@ class OnlineBilevel(nn.Module):
 
     def report(self) -> Mapping[str, float]:
         """The last hypergradient by weight, the validation and the training objective, and the residual of conjugate gradients."""
-        return self._said
+        return {**self._said, **{f"hyperparameter/{hyper.name}": float(hyper) for hyper in self.tuned}}
 
     def _hypergradient(self, signals: Signals) -> Tensor:
         """Return dF/dtheta, f64 [m]."""
@@ -153,7 +153,6 @@ class OnlineBilevel(nn.Module):
             "validation_objective": float(validation.latest_value),
             "training_objective": float(signals.problem.step.value),
             **{f"hypergradient/{n}": g for n, g in zip(names, found.tolist(), strict=True)},
-            **{f"hyperparameter/{hyper.name}": float(hyper) for hyper in self.tuned},
         }
         if residual is not None:
             self._said["hypergradient_error"] = residual

@@ -114,6 +114,7 @@ class PenaltyBilevel(BilevelMethod):
         self._previous: Tensors = ()
         self._marks: list[float] = []
         self._warned = False
+        self._upper: Tensor | None = None
 
     # ---- one outer step ----------------------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class PenaltyBilevel(BilevelMethod):
         else:
             residual = self._inner(lower_batch, upper_batch)
             upper, gradient = self.hypergradient(turn(lower_batch, -1), upper_batch)
+            self._upper = None  # belongs to this step's batch
         self.theta = project(self.upper_sets, shifted(self.theta, -self.step_size("theta"), gradient))
         gradient_norm = norm(gradient)
         gap = norm(shifted(self.x, -1.0, self.z)) / sigma
@@ -138,11 +140,17 @@ class PenaltyBilevel(BilevelMethod):
 
     def hypergradient(self, lower_batch: Any = None, upper_batch: Any = None) -> tuple[Tensor, Tensors]:
         """Return the upper objective and the gradient of psi_sigma at the present x, z and theta, both detached."""
-        value, _, direct = self.levels.upper_gradients(self.x, self.theta, upper_batch)
+        value, direct = self._direct(upper_batch)
         for_x, for_z = self._batches(lower_batch)
         at_x = self.levels.lower_gradient_of_theta(self.x, self.theta, for_x)
         at_z = self.levels.lower_gradient_of_theta(self.z, self.theta, for_z)
         return value, shifted(direct, 1 / self.sigma, shifted(at_x, -1.0, at_z))
+
+    def _direct(self, upper_batch: Any) -> tuple[Tensor, Tensors]:
+        """Return the upper objective and its direct gradient: where it reads no theta, the last value that an inner step saw, and 0."""
+        if self.direct or self._upper is None:
+            return self.levels.upper_gradient_of_theta(self.x, self.theta, upper_batch)
+        return self._upper, tuple(torch.zeros_like(t) for t in self.theta)
 
     # ---- the double loop ---------------------------------------------------------------------------------------------
 
@@ -156,7 +164,8 @@ class PenaltyBilevel(BilevelMethod):
                 if self.prox is not None:
                     at_x = shifted(at_x, 1 / self.prox, shifted(self.x, -1.0, anchors[0]))
                     at_z = shifted(at_z, 1 / self.prox, shifted(self.z, -1.0, anchors[1]))
-                residual = self._move(at_x, at_z)
+                last = i == self.inner_steps - 1
+                residual = self._move(at_x, at_z, measure=last or self.inner_tol is not None)
                 if self.inner_tol is not None and float(residual) <= self.inner_tol * self.sigma:
                     break
         return residual
@@ -169,7 +178,9 @@ class PenaltyBilevel(BilevelMethod):
         with torch.enable_grad():
             if self.pair == "calls" or not self.share_batch:
                 x, z = leaves(self.x), leaves(self.z)
-                at_x = gradients(self.sigma * levels.upper(x, theta, upper_batch) + levels.lower(x, theta, for_x), x)
+                upper = levels.upper(x, theta, upper_batch)
+                self._upper = upper.detach()
+                at_x = gradients(self.sigma * upper + levels.lower(x, theta, for_x), x)
                 return at_x, gradients(levels.lower(z, theta, for_z), z)
             both = tuple(torch.stack([a, b]).requires_grad_() for a, b in zip(self.x, self.z, strict=True))
             if self.pair == "vmap":
@@ -177,17 +188,19 @@ class PenaltyBilevel(BilevelMethod):
             else:
                 values = levels.lower(both, theta, for_x)
             upper = levels.upper(tuple(t[0] for t in both), theta, upper_batch)
+            self._upper = upper.detach()
             found = gradients(values.sum() + self.sigma * upper, both)
         return tuple(g[0] for g in found), tuple(g[1] for g in found)
 
-    def _move(self, at_x: Tensors, at_z: Tensors) -> Tensor:
+    def _move(self, at_x: Tensors, at_z: Tensors, measure: bool = True) -> Tensor:
         """Step x and z against gradients of `sigma upper + lower` and `lower`; return the larger projected gradient's norm."""
         by_x, by_z = self.step_size("x") / (1 + self.sigma), self.step_size("z")
         x = project(self.lower_sets, shifted(self.x, -by_x, at_x))
         z = project(self.lower_sets, shifted(self.z, -by_z, at_z))
-        residuals = norm(shifted(x, -1.0, self.x)) / by_x, norm(shifted(z, -1.0, self.z)) / by_z
-        self.x, self.z = x, z
-        return torch.maximum(*residuals)
+        old_x, old_z, self.x, self.z = self.x, self.z, x, z
+        if not measure:
+            return x[0].new_zeros(())
+        return torch.maximum(norm(shifted(x, -1.0, old_x)) / by_x, norm(shifted(z, -1.0, old_z)) / by_z)
 
     # ---- the single loop ---------------------------------------------------------------------------------------------
 

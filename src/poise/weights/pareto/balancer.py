@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from poise.errors import InputError
+from poise.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from poise.problem import Signals
@@ -67,7 +67,8 @@ def check_gram(gram: Tensor, labels: tuple[str, ...]) -> None:
     """Refuse what no rule can weigh.
 
     Raises:
-        InputError: fewer than two rows, or a row that is not finite.
+        InputError: fewer than two rows.
+        NonFiniteError: a row that is not finite.
     """
     if len(labels) < 2:
         raise InputError(
@@ -76,4 +77,4 @@ def check_gram(gram: Tensor, labels: tuple[str, ...]) -> None:
         )
     bad = [label for label, row in zip(labels, torch.isfinite(gram.diagonal()).tolist(), strict=True) if not row]
     if bad:
-        raise InputError(f"The gradient of {', '.join(bad)} is not finite, so it cannot be weighed.")
+        raise NonFiniteError(f"The gradient of {', '.join(bad)} is not finite, so it cannot be weighed.")

@@ -258,7 +258,8 @@ class GuidedPareto(Balancer):
                 f"guided: added names {', '.join(unknown)}, and the objectives are {', '.join(table.labels)}."
             )
         guide = table.against(signals.validation.gradient())
-        choice = self.choose(table.gram, guide, float(signals.validation.value()), table.values, table.labels)
+        # The value comes with the gradient, so that the guide costs one forward pass.
+        choice = self.choose(table.gram, guide, float(signals.validation.latest_value), table.values, table.labels)
         self.names, self._waiting = table.labels, choice
         return dict(zip(table.labels, choice.weights.tolist(), strict=True))
 

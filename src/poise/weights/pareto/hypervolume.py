@@ -9,8 +9,9 @@ With a preference w over the objectives fixed, the whole reward is scaled by how
 and the multiplier scales the rewards of the NEXT step. Three ways to use it:
 
     guidance = HypervolumeGuidance("accuracy, -length, format", normalise=[(0, 1), (0, 12), (0, 1)])
-    poise.fit(..., policy=guidance)                                          # the multiplier on weights in the formula
-    OnPolicy(prompts, generate, guidance.scoring(score))                     # the multiplier on the reward itself, and
+    poise.fit(model, "auto*grpo(reward=...)", ..., policy=guidance)          # before a term: after its advantages
+    poise.fit(model, "rloo(reward=auto('a')*... + auto('b')*...)", ..., policy=guidance)      # on the reward itself, or
+    OnPolicy(prompts, generate, guidance.scoring(score))                     # the same where answers are scored, with
     poise.fit(..., evaluate=guidance.watching(evaluate), callbacks=[guidance])
     guidance.update(vector); guidance.multiplier                             # in a loop of one's own
 """
@@ -231,6 +232,7 @@ class HypervolumeGuidance(nn.Module):
 
     formula: ClassVar[str] = "hypervolume"
     needs: ClassVar[frozenset[str]] = frozenset({"metrics"})
+    within_rewards: ClassVar[bool] = True
 
     def __init__(
         self,

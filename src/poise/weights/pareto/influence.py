@@ -25,6 +25,7 @@ from poise.errors import CheckpointError, InputError, NonFiniteError
 from poise.weights.gradient_table import GradientTable
 from poise.weights.pareto.balancer import Balancer, check_gram
 from poise.weights.pareto.hypervolume import check_simplex
+from poise.weights.pareto.single_rewards import table_of_rewards
 
 if TYPE_CHECKING:
     from poise.problem import Signals
@@ -50,6 +51,9 @@ class GradientInfluence(Balancer):
         clip: largest norm of each gradient on these parameters before they are compared (published: 1); None leaves them.
         initial: the first weights by name, a point of the simplex; None for equal ones. A weight of 0 stays 0 for ever.
 
+    The weights stand before terms, one policy gradient for each reward, or within the reward of one; then the update is that of the
+    combined reward, as published, and each reward's own gradient costs a backward pass more.
+
     State: `log_weights`, `accumulated`, `steps` (accumulated so far) and `last` (influences), saved as extra state.
 
     Raises:
@@ -64,6 +68,7 @@ class GradientInfluence(Balancer):
     """
 
     formula: ClassVar[str] = "influence"
+    within_rewards: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class GradientInfluence(Balancer):
 
     def weights(self, signals: Signals) -> Mapping[str, float | Tensor]:
         """Return the weights by this step's gradients: they move before the update that uses them."""
-        table = signals.gradients
+        table = self._table(signals)
         gram = self._gram(table)
         check_gram(gram, table.labels)
         self._next = self._moved(gram, signals.lr, table.labels)
@@ -191,6 +196,16 @@ class GradientInfluence(Balancer):
     def report(self) -> Mapping[str, float]:
         """Return what drove the weights: the influences of the last step."""
         return {f"influence/{label}": float(i) for label, i in zip(self.labels, self.last, strict=False)}
+
+    def _table(self, signals: Signals) -> GradientTable:
+        within = [name for name in signals.names if not signals.rows[name]]
+        if not within:
+            return signals.gradients
+        if len(within) < len(signals.names):
+            raise InputError(
+                f"influence: {', '.join(within)} stand within a reward, and the other weights before terms; put all in one place."
+            )
+        return table_of_rewards(signals.problem, signals.names)
 
     def _gram(self, table: GradientTable) -> Tensor:
         if self.params is None:
