@@ -23,6 +23,9 @@ from poise.weights.constraint import Constraint, constraint
 from test_processes import train as train_on_rows
 from two_processes import on_two
 
+# Most runs here are a few steps long, and whoever watches them rightly says that their bounds do not hold yet.
+pytestmark = pytest.mark.filterwarnings("ignore::poise.errors.PoiseWarning")
+
 
 class Quadratic(Term):
     """`x' A x / 2 - b' x`."""

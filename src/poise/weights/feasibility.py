@@ -25,6 +25,8 @@ from poise.run import FitState, History
 from poise.weights.constraint import Constraint
 
 _TAIL = 0.1
+_POINTS = 4
+"""Log points that each of two thirds of a run needs before a violation can be said to stand still."""
 _RELATIONS = {"upper": "<=", "lower": ">=", "equal": "="}
 
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -124,8 +126,8 @@ def judge_constraints(objective: Objective, history: History | Curves) -> tuple[
 
 def _stands_still(violations: Sequence[float], multipliers: Sequence[float]) -> bool:
     third = len(violations) // 3
-    if third < 1:
-        return False
+    if third < _POINTS:
+        return False  # too short a run to tell a bound that cannot be held from one that is not held yet
     before, after = abs(_mean(violations[-2 * third : -third])), abs(_mean(violations[-third:]))
     grown = abs(multipliers[-1]) > 1.05 * abs(multipliers[-third - 1])
     return after > 0.95 * before and grown
