@@ -39,6 +39,7 @@ from poise.readouts.supervised import Readout, readout_for
 from poise.run import FitState, History, Run, Window, choose_device, default_metrics, predict
 from poise.solvers.torch_optimizers import as_solver
 from poise.streams import Stream
+from poise.weights.feasibility import ConstraintCurves, watch
 
 __all__ = ["FitState", "History", "Run", "choose_device", "default_metrics", "fit", "predict"]
 
@@ -181,7 +182,7 @@ class _Loop:
             next(iter(self.objective.autos.values())).value(Clock())
         # Only now, so that an objective that is refused leaves the model as it was.
         handles = [apply_part(model, part) for part in self.objective.parts]
-        options["callbacks"] = [*options["callbacks"], *handles]
+        options["callbacks"] = [*options["callbacks"], *handles, *self._watchers(options["callbacks"])]
         self.model = model.to(self.device)
         self.objective.seed = seed
         self.streams = self._prepare_streams(train, batch_size, accumulate, transform)
@@ -270,6 +271,10 @@ class _Loop:
                 f"The model puts out {classes} classes, and the target has class {target - 1}: it needs at least {target}."
             )
         return classes
+
+    def _watchers(self, given: Sequence[Any]) -> list[Any]:
+        """Return what watches the constraints, unless the caller's own does."""
+        return [] if any(isinstance(callback, ConstraintCurves) for callback in given) else [*watch(self.objective)]
 
     def _validation_objective(self) -> Objective | None:
         """Return what policies judge weights by, or None where no policy asks.
@@ -420,6 +425,9 @@ class _Loop:
         state, every = self.state, self._every()
         begun, saved = time.monotonic() - state.seconds, time.monotonic()
         draws = {name: stream.iterate(state.step) for name, stream in self.streams.items()}
+        if "metrics" in self.policies.needs and state.step == 0:
+            # What the model is worth before the first step is where a policy measures from.
+            self.policies.metrics = dict(self._measure())
         self.model.train()
         self.objective.train()
         while state.step < self.steps and state.stop is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -31,6 +33,7 @@ class Balancer(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
     balances: ClassVar[bool] = True
 
+    _said: Mapping[str, float] = MappingProxyType({})
     features: str | None = None
     """The submodule on whose output gradients are weighed; None weighs them on parameters."""
 
@@ -57,10 +60,29 @@ class Balancer(nn.Module):
         table = signals.gradients
         check_gram(table.gram, table.labels)
         found = self.weigh(table.gram, table.values)
+        self._said = gradient_curves(table.gram, table.labels)
         return dict(zip(table.labels, found.tolist(), strict=True))
+
+    def report(self) -> Mapping[str, float]:
+        """The norm of every gradient and the cosine of every pair, in the last step."""
+        return self._said
 
     def advance(self, signals: Signals) -> None:
         """Move the rule's own state after the update; most have none."""
+
+
+def gradient_curves(gram: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    """Return what a run's curves tell of gradients: `gradient_norm/<label>`, and `cosine/<a>,<b>` of pairs that do not vanish.
+
+    >>> gradient_curves(torch.eye(2), ("a", "b"))
+    {'gradient_norm/a': 1.0, 'gradient_norm/b': 1.0, 'cosine/a,b': 0.0}
+    """
+    norms = gram.diagonal().clamp_min(0).sqrt().tolist()
+    found = {f"gradient_norm/{label}": norm for label, norm in zip(labels, norms, strict=True)}
+    for i, j in combinations(range(len(labels)), 2):
+        if norms[i] > 0 and norms[j] > 0:
+            found[f"cosine/{labels[i]},{labels[j]}"] = float(gram[i, j]) / (norms[i] * norms[j])
+    return found
 
 
 def check_gram(gram: Tensor, labels: tuple[str, ...]) -> None:

@@ -327,7 +327,7 @@ class HypervolumeGuidance(nn.Module):
 
     def report(self) -> Mapping[str, float]:
         """Return what drove the weights."""
-        return {"multiplier": self.multiplier, "gain": self.last_gain, "volume": self.archive.volume}
+        return {"multiplier": self.multiplier, "gain": self.last_gain, "hypervolume": self.archive.volume}
 
     # ---- in the reward itself -------------------------------------------------------------------------------------------
 
