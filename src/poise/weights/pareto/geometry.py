@@ -18,8 +18,10 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-_ROUNDING = 4 * float(np.finfo(np.float64).eps)
+_ROUNDING = float(np.finfo(np.float64).eps)
 """Eigenvalues of a matrix of cosines up to this, for every row, are rounding."""
+_RUNAWAY, _PRICE = 1e5, 1e-8
+"""Solutions longer than this are of dependent columns; what their length is then charged, squared."""
 _RESTARTS = 4
 """How often the shortest vector is solved again in its own units: each time wins the digits that its smallness had cost."""
 
@@ -91,11 +93,17 @@ def shortest(points: Array) -> Array:
 
 
 def nonnegative(matrix: Array, target: Array) -> Array:
-    """Return the `x >= 0` with the smallest `|matrix x - target|`."""
+    """Return the `x >= 0` with the smallest `|matrix x - target|`; where opposite columns leave it open, a short one."""
     from scipy.optimize import nnls
 
-    solution: Any = nnls(matrix, target, maxiter=100 * matrix.shape[1])
+    columns = matrix.shape[1]
+    solution: Any = nnls(matrix, target, maxiter=100 * columns)
     found: Array = solution[0]
+    if found.max(initial=0.0) > _RUNAWAY * float(np.abs(target).max()):
+        # Columns that depend on each other up to rounding: a tiny price on length settles which of all solutions is meant.
+        priced = np.vstack([matrix, _PRICE * np.eye(columns)])
+        solution = nnls(priced, np.concatenate([target, np.zeros(columns)]), maxiter=100 * columns)
+        found = solution[0]
     return found
 
 
