@@ -23,6 +23,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) -e '.[test,data,lm,peers]'
+	@# Peers whose own requirements are older than NumPy 2 or ask for torchvision; what is compared with them needs neither.
+	$(PIP) --no-deps dalib boat-torch higher
 	@command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 \
 	  || (command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null) \
 	  || echo "no Chromium found: the browser tests will skip by name"

@@ -237,7 +237,7 @@ def test_bad_input_is_refused_with_words() -> None:
         policy.load_state_dict(other.state_dict())
     rows = table()
     rows.rows[1]["head.bias"][0] = math.inf  # type: ignore[index]
-    with pytest.raises(InputError, match="gradient of length is not finite"):
+    with pytest.raises(NonFiniteError, match="gradient of length is not finite"):
         GradientInfluence().weights(signals(rows))
 
 

@@ -93,7 +93,7 @@ class BestResponseLinear(BestResponse):
         inputs: where the gates read the hyperparameters; None makes one of its own, `layer.inputs`.
         batch_axis: the axis of examples in x, for inputs of shape [time, batch, features] for instance.
 
-    Parameters: `weight` [2 out, in], `W_elem` above `W_hyper`; `gate` [2 out, n] (`V` above `C`; without bias [out, n]); `bias` [out] and
+    Trained: `weight` [2 out, in], `W_elem` above `W_hyper`; `gate` [2 out, n] (`V` above `C`; without bias [out, n]); `bias` [out] and
         `bias_hyper` [out].
 
     Example:
@@ -169,7 +169,7 @@ class BestResponseConv2d(BestResponse):
         inputs, batch_axis: as `BestResponseLinear`; the axis of examples must be 0.
         **options: the others of `nn.Conv2d`: stride, padding, dilation, groups, bias, padding_mode.
 
-    Parameters: `weight` [2 out, in/groups, k, k], in each group its filters of `W_elem` before those of `W_hyper`; `gate`, `bias`,
+    Trained: `weight` [2 out, in/groups, k, k], in each group its filters of `W_elem` before those of `W_hyper`; `gate`, `bias`,
         `bias_hyper` as in `BestResponseLinear`.
 
     Example:
