@@ -196,7 +196,7 @@ def _constraints(summary: Summary) -> Iterator[RenderableType]:
 
 
 def _selected(summary: Summary) -> Iterator[RenderableType]:
-    yield _heading("Chosen by the search on the validation split, seed by seed")
+    yield _heading("Found on the validation split, or set within the run, seed by seed")
     table = _table("", "Weight", "Values")
     for formula in summary.formulas:
         for name, by_seed in formula.selected.items():
