@@ -65,12 +65,11 @@ def test_under_a_hold_that_lets_nothing_move_it_is_the_run_with_equal_weights(lo
 @pytest.mark.parametrize("loss", LOSSES)
 def test_guidance_scales_a_policy_gradient_by_the_validation_before(loss: str) -> None:
     guidance = HypervolumeGuidance(", ".join(BANDIT.names), temperature=1e-3, apply_to="advantage")
-    guidance.update(evaluate(BANDIT.agent()))
     run = train("auto*" + together(loss, BANDIT.names), guidance, evaluate=evaluate, validate_every=1)
     weights = list(run.history[f"policy/weight/{loss}"])
     assert weights[0] == 1.0
     assert all(0.5 <= w <= 2.0 for w in weights)
-    # Replay: the weight of a step is what the validation after the step before gives.
+    # Replay: the first validation is that of the initial model, and the weight of a step is what the one after the step before gives.
     replay, seen = HypervolumeGuidance(", ".join(BANDIT.names), temperature=1e-3), [1.0]
     replay.update(evaluate(BANDIT.agent()))
     vectors = zip(*(run.history[f"valid/{n}"] for n in BANDIT.names), strict=True)
@@ -199,7 +198,6 @@ def test_what_stands_fixed_beside_is_in_no_influence_and_the_weight_of_the_loss_
 
 def test_within_a_reward_guidance_scales_it_and_keeps_the_preference() -> None:
     guidance = HypervolumeGuidance(", ".join(BANDIT.names), {"a": 0.5, "b": 0.25, "c": 0.25}, temperature=1e-3)
-    guidance.update(evaluate(BANDIT.agent()))
     run = train(inside("rloo"), guidance, evaluate=evaluate, validate_every=1)
     assert run.history["policy/weight/a"][0] == 0.5
     assert run.weights["a"] == pytest.approx(2 * run.weights["b"])

@@ -164,7 +164,6 @@ def _guided(env: Environment, names: Sequence[str], seed: int, rate: float) -> P
     def evaluate(agent: nn.Module) -> dict[str, float]:
         return measured(env, agent, per_prompt, generator)
 
-    guidance.update(evaluate(env.agent()))  # the initial policy is the reference
     formula = "auto*" + under("rloo", grid(names)[EQUAL])
     path = _small(env, formula, seed, rate=rate, policy=guidance, evaluate=evaluate)
     path.multiplier = guidance.mean
