@@ -412,7 +412,7 @@ def test_text_names_it() -> None:
     assert solver.optimizer.param_groups[0]["lr"] == 3e-4
     with pytest.raises(InputError, match="Did you mean 'betas'"):
         as_solver("lion(beta=0.9)")
-    with pytest.raises(InputError, match="^lion: betas must be"):
+    with pytest.raises(InputError, match=r"^lion: betas must be"):
         poise.fit(model, "cross_entropy", (x, x[:, :3].argmax(1)), solver="lion(betas=(1.0, 1.0))", steps=1)
 
 
@@ -444,7 +444,7 @@ def test_the_settings_from_adamw_keep_the_product() -> None:
     assert lion_from_adamw(1e-3, 0.01, 5) in grid
     assert all(1e-4 <= g["lr"] <= 1e-3 / 3 and 0.03 <= g["weight_decay"] <= 0.1 for g in grid)
     for arguments in ((-1.0, 0.0, 5), (1e-3, -1.0, 5), (1e-3, 0.0, 0), (math.nan, 0.0, 5)):
-        with pytest.raises(InputError, match="^lion_from_adamw: "):
+        with pytest.raises(InputError, match=r"^lion_from_adamw: "):
             lion_from_adamw(*arguments)
 
 
