@@ -215,14 +215,14 @@ def _chunk(piece: Three, rule: Rule, rate: float, other: float, wide: torch.dtyp
     else:
         c.mul_(rate)
     moved = parameter.to(wide).mul(rule.keep).sub_(c)
-    mixed = momentum.to(wide).mul(rule.beta2).add_(x, alpha=1 - rule.beta2)
-    finite = torch.isfinite(gradient)
-    if clean := bool(finite.all()):
-        parameter.copy_(moved)
-        momentum.copy_(mixed)
-    else:
-        parameter.copy_(torch.where(finite, moved, parameter))
-        momentum.copy_(torch.where(finite, mixed, momentum))
+    mixed = torch.mul(momentum.to(wide), rule.beta2, out=c).add_(x, alpha=1 - rule.beta2)
+    # Zero times a number that is not finite is NaN, and so is the sum: cheaper than looking at each.
+    clean = bool(torch.mul(x, 0).sum() == 0)
+    if not clean:
+        finite = torch.isfinite(gradient)
+        moved, mixed = torch.where(finite, moved, parameter), torch.where(finite, mixed, momentum)
+    parameter.copy_(moved)
+    momentum.copy_(mixed)
     return clean
 
 
