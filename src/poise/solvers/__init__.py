@@ -12,6 +12,7 @@ _HOME: dict[str, str] = {
     "AdamW": "torch_optimizers",
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
+    "Lion": "lion",
     "RMSprop": "torch_optimizers",
     "SGD": "torch_optimizers",
     "TorchOptimizer": "torch_optimizers",
@@ -20,6 +21,8 @@ _HOME: dict[str, str] = {
     "ClampWeights": "projection",
     "MaxNorm": "projection",
     "as_solver": "torch_optimizers",
+    "lion_from_adamw": "lion",
+    "lion_grid": "lion",
 }
 
 __all__ = ["parameter_groups", *sorted(_HOME)]

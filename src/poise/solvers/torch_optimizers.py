@@ -1,4 +1,4 @@
-"""Every optimiser of `torch.optim` as a solver, given by name, with its options, or as an object."""
+"""Every optimiser of `torch.optim`, and Lion, as a solver, given by name, with its options, or as an object."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _NAMES = {
     "adamw": "AdamW",
     "asgd": "ASGD",
     "lbfgs": "LBFGS",
+    "lion": "poise.solvers.lion:Lion",
     "nadam": "NAdam",
     "radam": "RAdam",
     "rmsprop": "RMSprop",
@@ -44,7 +45,7 @@ class TorchOptimizer:
     """A `torch.optim` optimiser as a solver.
 
     Args:
-        optimizer: a name ("sgd", "adamw", ...), a class, or an object that holds its parameters already.
+        optimizer: a name ("sgd", "adamw", "lion", ...), a class, or an object that holds its parameters already.
         clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.
         parameter_groups: makes the optimiser's groups from the model; by default all trained parameters in one, but for those
             whose module asks for a slower or undecayed group (see `poise.parameter_groups`).
@@ -80,7 +81,8 @@ class TorchOptimizer:
                     f"There is no optimiser {optimizer!r}."
                     + (nearest(name, [*_NAMES, *NAMED]) or f" There are: {', '.join([*_NAMES, *NAMED])}.")
                 )
-            self.maker = getattr(torch.optim, _NAMES[name])
+            module, _, attribute = _NAMES[name].rpartition(":")
+            self.maker = getattr(importlib.import_module(module or "torch.optim"), attribute)
         else:
             self.maker = optimizer
         self.name = self.maker.__name__.lower()
@@ -119,6 +121,8 @@ class TorchOptimizer:
             own = []
         try:
             self.optimizer = self.maker([*groups, *own], **self.options)
+        except InputError:
+            raise
         except (ValueError, TypeError) as error:
             raise InputError(f"{self.maker.__name__}: {error}") from None
 
