@@ -20,7 +20,7 @@ from poise.ascent import Ascent
 from poise.errors import InputError, PoiseWarning
 from poise.operators import largest
 from poise.problem import Certificate
-from poise.solvers.transport_baselines import linear_program
+from poise.solvers.transport_baselines import LARGEST, linear_program
 from poise.transport import Formulation, Method, Transport, checked, solve
 
 __all__ = ["TransportResult", "sparse_transport"]
@@ -233,50 +233,74 @@ def _repair(problem: Transport, parts: _Parts, tolerance: float, max_iter: int) 
     if not len(left):
         return
     assert problem.k is not None
+    supports = [_feasible_support(problem, parts.alpha[row], row) for row in left.tolist()]
+    none = torch.zeros_like(problem.cost[0], dtype=torch.bool)
+    chosen = torch.stack([none if support is None else support for support in supports])
     cost, a, b = problem.rows(left)
-    s = parts.alpha[left][:, None, :] - cost
-    chosen = largest(s, problem.k) & cost.isfinite()
-    plan, fits = _on_support(problem, left, chosen, parts.alpha[left], tolerance, max_iter)
-    for row in (~fits).nonzero()[:, 0].tolist():
-        # The best vertex among twice as many candidates: on average it has less than two nonzeros a line.
-        wide = largest(s[row], min(2 * problem.k + 2, s.shape[-1])) & cost[row].isfinite()
-        found = linear_program(torch.where(wide, cost[row], torch.inf), b[row], a[row])
-        if found is not None and int((found[0] > 0).sum(-1).max()) <= problem.k:
-            plan[row], fits[row] = found[0], True
-    for place, row in enumerate(left.tolist()):
-        if fits[place]:
-            parts.plan[row] = plan[place]
-        parts.status[row] = (
-            f"tied at the k-th place: a feasible plan with at most k = {problem.k} nonzeros was found, it may not be the best (see gap)"
-            if fits[place]
-            else f"tied at the k-th place: no feasible plan with at most k = {problem.k} nonzeros was found. "
-            "Take a larger k or gamma"
-        )
+    # The smooth problem on a support: within it, the best plan.
+    within = replace(problem, cost=torch.where(chosen, cost, torch.inf), a=a, b=b, k=None)
+    rows = torch.tensor([i for i, support in enumerate(supports) if support is not None], device=cost.device)
+    if len(rows):
+        within = replace(within, cost=within.cost[rows], a=a[rows], b=b[rows])
+        ascent = solve(within, tolerance=tolerance, max_iter=max_iter, start=parts.alpha[left[rows]])
+        plans, fits = within.plan(ascent.x), ascent.residual <= tolerance * a[rows].sum(-1)
+        parts.plan[left[rows[fits]]] = plans[fits]
+        for row in left[rows[fits]].tolist():
+            _judge_repaired(problem, parts, row, tolerance)
+    for row in left.tolist():
+        if not parts.status[row].startswith(("converged", "tied")):
+            parts.status[row] = (
+                f"tied at the k-th place: no feasible plan with at most k = {problem.k} nonzeros was found. "
+                "Take a larger k or gamma"
+            )
+
+
+def _judge_repaired(problem: Transport, parts: _Parts, row: int, tolerance: float) -> None:
+    primal = float(problem.charge(parts.plan)[row])
+    gap = primal - float(parts.value[row])
+    parts.met[row] = gap <= tolerance * abs(primal)
+    parts.status[row] = (
+        "converged"
+        if parts.met[row]
+        else f"tied at the k-th place: a feasible plan with at most k = {problem.k} nonzeros was found, it may not be the best (see gap)"
+    )
+
+
+def _feasible_support(problem: Transport, alpha: Tensor, row: int) -> Tensor | None:
+    """Return at most k entries of each line that hold a plan, by falling value, or None where none was found."""
+    assert problem.k is not None
+    cost, a, b = problem.cost[row], problem.a[row], problem.b[row]
+    s = alpha - cost
+    open_entries = cost.isfinite()
+    # The chosen entries themselves; else a vertex among twice as many, which on average has less than two nonzeros a line.
+    for count in (problem.k, min(2 * problem.k + 2, s.shape[-1])):
+        candidates = largest(s, count) & open_entries
+        if int(candidates.sum()) > LARGEST:
+            return None
+        found = linear_program(torch.where(candidates, cost, torch.inf), b, a)
+        if found is None:
+            continue
+        held = found[0] > 0
+        if count > problem.k and int(held.sum(-1).max()) > problem.k:
+            return None
+        finite = s.nan_to_num(neginf=float(s[open_entries].min()))
+        support = largest(torch.where(held, torch.inf, finite), problem.k)
+        return (candidates if count == problem.k else support) & open_entries
+    return None
 
 
 def _solve_as_linear(problem: Transport, parts: _Parts, left: Tensor) -> None:
     """Solve k = 1 as the linear program that it is: `Omega` is then the constant `gamma b_j^2 / 2`."""
     for row in left.tolist():
-        found = linear_program(problem.cost[row], problem.b[row], problem.a[row])
+        small = int(problem.cost[row].isfinite().sum()) <= LARGEST
+        found = linear_program(problem.cost[row], problem.b[row], problem.a[row]) if small else None
         if found is None:
             continue
         plan, beta, alpha = found
         parts.alpha[row], parts.beta[row] = alpha, beta - problem.gamma * problem.b[row]
-        parts.value[row] = problem.semi_dual(alpha[None], torch.tensor([row]))[0][0]
-        parts.status[row] = "tied at the k-th place"
+        parts.value[row] = problem.semi_dual(alpha[None], torch.tensor([row], device=alpha.device))[0][0]
         if int((plan > 0).sum(-1).max()) <= 1:
             parts.plan[row], parts.met[row], parts.status[row] = plan, True, "converged"
-
-
-def _on_support(
-    problem: Transport, left: Tensor, chosen: Tensor, alpha: Tensor, tolerance: float, max_iter: int
-) -> tuple[Tensor, Tensor]:
-    cost, a, b = problem.rows(left)
-    within = replace(problem, cost=torch.where(chosen, cost, torch.inf), a=a, b=b, k=None)
-    reached = (chosen & (b > 0)[..., None]).any(-2)
-    possible = ((a == 0) | reached).all(-1)
-    ascent = solve(within, tolerance=tolerance, max_iter=max_iter, start=alpha)
-    return within.plan(ascent.x), possible & (ascent.residual <= tolerance * a.sum(-1))
 
 
 def _result(

@@ -11,7 +11,7 @@ from poise.transport import checked
 __all__ = ["entropic_transport", "linear_program", "linear_transport"]
 
 LARGEST = 2_000_000
-"""Entries of the largest linear program that is given to the dense-free solver; beyond, it takes minutes."""
+"""Entries of the largest linear program that is tried; beyond, it takes minutes."""
 
 
 def linear_program(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -27,11 +27,6 @@ def linear_program(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
 
     m, n = cost.shape
     rows, columns = (cost.isfinite()).nonzero(as_tuple=True)
-    if len(rows) > LARGEST:
-        raise InputError(
-            f"linear_transport: {len(rows)} entries are too many for a linear program here (at most {LARGEST}). "
-            "Use sparse_transport with k=2 or more, or entropic_transport."
-        )
     entries = np.arange(len(rows))
     places = np.concatenate([rows.cpu().numpy(), m + columns.cpu().numpy()])
     sums = coo_matrix((np.ones(2 * len(rows)), (places, np.concatenate([entries, entries]))), (m + n, len(rows)))
@@ -67,6 +62,11 @@ def linear_transport(
     """
     problem = checked("linear_transport", cost, a, b, None, 1.0)
     batch = cost.shape[:-2]
+    if (entries := cost.shape[-2] * cost.shape[-1]) > LARGEST:
+        raise InputError(
+            f"linear_transport: {entries} entries are too many for a linear program here (at most {LARGEST}). "
+            "Use sparse_transport with k=2 or more, or entropic_transport."
+        )
     solved = [linear_program(*row) for row in zip(problem.cost, problem.b, problem.a, strict=True)]
     if None in solved:
         raise InputError("linear_transport: infeasible: the forbidden entries of the cost leave no plan.")
