@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Ascent", "Oracle", "adam", "lbfgs"]
 
 Oracle = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_DECREASE, _SLOPE, _TRIALS = 1e-4, 0.9, 30
+_DECREASE, _SLOPE, _TRIALS, _ROUNDING = 1e-4, 0.9, 30, 1e-13
 
 
 @dataclass
@@ -117,7 +117,8 @@ def _two_sided(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     p = torch.linalg.solve_triangular(upper, steps @ g, upper=True)
     right = diagonal[..., None] * p + c * (inner @ p) - c * (changes @ g)
     q = torch.linalg.solve_triangular(upper.mT, right, upper=False)
-    return (c * g + steps.mT @ q - c * (changes.mT @ p))[..., 0]
+    ascent: Tensor = c * g + steps.mT @ q - c * (changes.mT @ p)
+    return ascent[..., 0]
 
 
 def _line_search(
@@ -128,14 +129,16 @@ def _line_search(
     step, low, high = first.clone(), torch.zeros_like(first), torch.full_like(first, torch.inf)
     next_value, next_gradient = value.clone(), gradient.clone()
     best = torch.zeros_like(first)
-    # Near the top the ascent itself drowns in rounding.
-    slack = 1e-15 * value.abs().clamp_min(1.0)
     rows = torch.arange(len(which), device=which.device)
     for _ in range(_TRIALS):
         t = step[rows]
         tried_value, tried_gradient = oracle(x[rows] + t[:, None] * direction[rows], which[rows])
-        rises = tried_value >= value[rows] + _DECREASE * t * slope[rows] - slack[rows]
-        flat = (tried_gradient * direction[rows]).sum(-1) <= _SLOPE * slope[rows]
+        tried_slope = (tried_gradient * direction[rows]).sum(-1)
+        rises = tried_value >= value[rows] + _DECREASE * t * slope[rows]
+        # Near the top the ascent drowns in rounding, and the slope alone says that the step is not too long.
+        level = tried_value >= value[rows] - _ROUNDING * value[rows].abs()
+        rises |= level & (tried_slope >= -(1.0 - 2.0 * _DECREASE) * slope[rows])
+        flat = tried_slope <= _SLOPE * slope[rows]
         kept = rows[rises]
         best[kept] = t[rises]
         next_value[kept], next_gradient[kept] = tried_value[rises], tried_gradient[rises]

@@ -257,7 +257,9 @@ def project_sparse_simplex(v: Tensor, k: int | None = None, total: float | Tenso
     count = v.shape[dim] if k is None else min(require_count("project_sparse_simplex", k), v.shape[dim])
     total = torch.as_tensor(total, dtype=v.dtype, device=v.device)
     if bool((total < 0).any()):
-        raise InputError(f"project_sparse_simplex: total must not be negative, and its least is {total.min().item():g}.")
+        raise InputError(
+            f"project_sparse_simplex: total must not be negative, and its least is {total.min().item():g}."
+        )
     if total.dim():
         total = total.unsqueeze(dim)
     with torch.no_grad():

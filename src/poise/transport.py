@@ -64,7 +64,8 @@ class Transport:
         """Return the other potential of the semi-dual: minus the multiplier of each column's mass, [problems, n]."""
         s = alpha[:, None, :] - self.cost
         if self.entropic:
-            return self.gamma * (self.b.log() - (s / self.gamma).logsumexp(-1) + 1.0)
+            found: Tensor = self.gamma * (self.b.log() - (s / self.gamma).logsumexp(-1) + 1.0)
+            return found
         held = plan > 0
         excess = torch.where(held, s - self.gamma * plan, 0.0).sum(-1)
         return torch.where(held.any(-1), -excess / held.sum(-1).clamp_min(1), -s.amax(-1))
@@ -98,7 +99,7 @@ class Transport:
 
     def dual(self, both: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Return value and gradient of the dual in (alpha, beta)."""
-        cost, a, b = self.rows(which)
+        _, a, b = self.rows(which)
         alpha, beta = both[:, : a.shape[1]], both[:, a.shape[1] :]
         plan = self.plan(alpha, beta, which)
         if self.entropic:
@@ -117,10 +118,12 @@ class Transport:
         kernel = compiled[formulation]
         cost, a, b = (t.detach().numpy() for t in (self.cost, self.a, self.b))
         k = self.cost.shape[-1] if self.k is None else min(self.k, self.cost.shape[-1])
+        hint = torch.zeros(b.shape, dtype=torch.int64).numpy()
 
         def fused(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             value, gradient = x.new_empty(len(x)), torch.empty_like(x)
-            kernel(cost, a, b, self.gamma, k, x.contiguous().numpy(), which.numpy(), value.numpy(), gradient.numpy())
+            points, places = x.contiguous().numpy(), which.numpy()
+            kernel(cost, a, b, self.gamma, k, points, places, hint, value.numpy(), gradient.numpy())
             return value, gradient
 
         return fused
@@ -191,7 +194,7 @@ def checked(
         raise InputError(
             f"{name}: cost must be finite (+inf forbids an entry), and it is {cost[tuple(place)].item()} at {place}."
         )
-    *batch, m, n = cost.shape
+    m, n = cost.shape[-2:]
     dtype = dtype or cost.dtype
     a, b = _mass(name, "a", a, cost, m, dtype), _mass(name, "b", b, cost, n, dtype)
     sums = a.sum(-1), b.sum(-1)

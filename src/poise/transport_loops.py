@@ -20,7 +20,7 @@ def compile_with(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -
     threshold = compiled(_threshold)
 
     def semi_dual(
-        cost: Any, a: Any, b: Any, gamma: float, k: int, alpha: Any, which: Any, value: Any, gradient: Any
+        cost: Any, a: Any, b: Any, gamma: float, k: int, alpha: Any, which: Any, hint: Any, value: Any, gradient: Any
     ) -> None:
         m, n = a.shape[1], b.shape[1]
         top, index = np.empty(m), np.empty(m, np.int64)
@@ -34,10 +34,14 @@ def compile_with(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -
                 room = gamma * b[problem, j]
                 if room <= 0.0:
                     continue
-                count = pick(alpha[row], cost[problem, j], 0.0, room, -np.inf, k, top, index)
+                # What led the column last time bounds its largest value from below.
+                led = hint[problem, j]
+                low = alpha[row, led] - cost[problem, j, led] - room
+                count = pick(alpha[row], cost[problem, j], 0.0, room, low, k, top, index)
                 if count == 0:  # the potentials have left the range of numbers
                     total = -np.inf
                     break
+                hint[problem, j] = index[0]
                 theta, count = threshold(top, count, room)
                 for r in range(count):
                     t = (top[r] - theta) / gamma
@@ -46,7 +50,7 @@ def compile_with(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -
             value[row] = total
 
     def dual(
-        cost: Any, a: Any, b: Any, gamma: float, k: int, both: Any, which: Any, value: Any, gradient: Any
+        cost: Any, a: Any, b: Any, gamma: float, k: int, both: Any, which: Any, hint: Any, value: Any, gradient: Any
     ) -> None:
         m, n = a.shape[1], b.shape[1]
         top, index = np.empty(m), np.empty(m, np.int64)

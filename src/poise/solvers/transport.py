@@ -366,4 +366,3 @@ def _warn(result: TransportResult) -> None:
             PoiseWarning,
             stacklevel=4,
         )
-
