@@ -57,7 +57,8 @@ class Transport:
                 return (s / self.gamma - 1.0).exp()
             return _gradient_of_conjugate(s, self.k, self.gamma)
         if self.entropic:
-            return b[..., None] * (s / self.gamma).softmax(-1)
+            soft: Tensor = b[..., None] * (s / self.gamma).softmax(-1)
+            return soft
         return project_sparse_simplex(s, self.k, self.gamma * b) / self.gamma
 
     def beta(self, alpha: Tensor, plan: Tensor) -> Tensor:

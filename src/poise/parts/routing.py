@@ -33,13 +33,18 @@ class Load:
         items: int64 [..., experts], tokens sent to each expert.
         capacity: most tokens that an expert takes.
         dropped: int64 [...], tokens that no expert takes.
-        overflow: int64 [...], choices beyond an expert's capacity before they are cut.
+        demand: int64 [..., experts], tokens that chose each expert, before what is beyond its capacity was cut.
     """
 
     items: Tensor
     capacity: int
     dropped: Tensor
-    overflow: Tensor
+    demand: Tensor
+
+    @property
+    def overflow(self) -> Tensor:
+        """Choices beyond the experts' capacity, which were cut; int64 [...]."""
+        return (self.demand - self.capacity).clamp_min(0).sum(-1)
 
     @property
     def largest(self) -> float:
@@ -179,9 +184,9 @@ class TransportRouter(_Router):
         capacity = expert_capacity(tokens.shape[-2], self.experts, self.capacity_factor, self.multiple)
         plan = self._plan(gates.detach(), mask, capacity if self.by == "expert" else self.per_token)
         chosen = (plan > 0) & mask[..., None]
-        dispatch, overflow = _within(chosen, gates.detach(), capacity)
+        dispatch = _within(chosen, gates.detach(), capacity)
         weights = gates if self.combine == "gates" else plan / plan.sum(-1, keepdim=True).clamp_min(1e-12)
-        return _routing(gates, dispatch, weights, plan, mask, capacity, overflow)
+        return _routing(gates, dispatch, weights, plan, mask, capacity, chosen)
 
     def _plan(self, gates: Tensor, mask: Tensor, k: int) -> Tensor:
         a = mask.to(gates.dtype)
@@ -224,15 +229,13 @@ class TopKRouter(_Router):
         gates, mask = self._gates(tokens, mask)
         capacity = expert_capacity(tokens.shape[-2], self.experts, self.capacity_factor, self.multiple)
         chosen = largest(gates.detach(), self.per_token) & mask[..., None]
-        dispatch, overflow = _within(chosen, gates.detach(), capacity)
-        return _routing(gates, dispatch, gates, None, mask, capacity, overflow)
+        dispatch = _within(chosen, gates.detach(), capacity)
+        return _routing(gates, dispatch, gates, None, mask, capacity, chosen)
 
 
-def _within(chosen: Tensor, gates: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Cut each expert's choices to its capacity, the largest gates first; return them and how many were cut."""
-    score = torch.where(chosen, gates, -1.0)
-    dispatch = chosen & largest(score, capacity, dim=-2)
-    return dispatch, (chosen & ~dispatch).sum((-2, -1))
+def _within(chosen: Tensor, gates: Tensor, capacity: int) -> Tensor:
+    """Cut each expert's choices to its capacity, the largest gates first."""
+    return chosen & largest(torch.where(chosen, gates, -1.0), capacity, dim=-2)
 
 
 def _routing(
@@ -242,8 +245,8 @@ def _routing(
     plan: Tensor | None,
     mask: Tensor,
     capacity: int,
-    overflow: Tensor,
+    chosen: Tensor,
 ) -> Routing:
     dropped = (mask & ~dispatch.any(-1)).sum(-1)
-    load = Load(dispatch.sum(-2), capacity, dropped, overflow)
+    load = Load(dispatch.sum(-2), capacity, dropped, chosen.sum(-2))
     return Routing(gates, dispatch, torch.where(dispatch, weights, 0.0), plan, load)
