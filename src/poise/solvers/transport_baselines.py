@@ -26,6 +26,8 @@ def linear_program(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
     from scipy.sparse import coo_matrix
 
     m, n = cost.shape
+    if m == n and bool(cost.isfinite().all()) and bool(torch.cat([a, b]).sub(a[0]).abs().max() <= 1e-12 * a[0]):
+        return _assignment(cost, a)
     rows, columns = (cost.isfinite()).nonzero(as_tuple=True)
     entries = np.arange(len(rows))
     places = np.concatenate([rows.cpu().numpy(), m + columns.cpu().numpy()])
@@ -42,10 +44,32 @@ def linear_program(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
     return plan, potentials[:m], potentials[m:]
 
 
+def _assignment(cost: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve equal masses on both sides as an assignment; its potentials are shortest ways along exchanges of partners."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = (torch.as_tensor(x, device=cost.device) for x in linear_sum_assignment(cost.double().cpu().numpy()))
+    plan = torch.zeros_like(cost)
+    plan[rows, columns] = a
+    # alpha_i - alpha_h <= C[i, partner of h] - C[h, partner of h]
+    paired = cost[rows, columns]
+    ways = cost[:, columns] - paired
+    alpha = ways.amin(-1).clamp_max(0.0)
+    for _ in range(len(cost)):
+        shorter = torch.minimum(alpha, (ways + alpha).amin(-1))
+        if bool((shorter >= alpha - 1e-15 * alpha.abs().max()).all()):
+            break
+        alpha = shorter
+    beta = torch.empty_like(alpha)
+    beta[columns] = paired - alpha
+    return plan, alpha, beta
+
+
 def linear_transport(
     cost: Tensor, a: Tensor | None = None, b: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve unregularised transport, `min <T, C>` with row sums a and column sums b, exactly (HiGHS, dual simplex).
+    """Solve unregularised transport, `min <T, C>` with row sums a and column sums b, exactly (HiGHS; as an assignment where all masses
+    are equal).
 
     Args:
         cost: float [..., m, n].
