@@ -29,8 +29,11 @@ def test_rows_converge_to_their_own_maximisers_in_their_own_time() -> None:
 
     end = lbfgs(oracle, torch.zeros(4, 6, dtype=torch.float64), torch.full((4,), 1e-9, dtype=torch.float64), 200)
     torch.testing.assert_close(end.x, best, atol=1e-8, rtol=0)
-    assert (end.residual <= 1e-9).all() and not end.stalled.any()
-    assert seen[0] == 4 and seen[-1] == 1 and len(set(end.iterations.tolist())) > 1
+    assert (end.residual <= 1e-9).all()
+    assert not end.stalled.any()
+    assert seen[0] == 4
+    assert seen[-1] == 1
+    assert len(set(end.iterations.tolist())) > 1
     alone = lbfgs(
         lambda x, which: oracle(x, which + 2),
         torch.zeros(1, 6, dtype=torch.float64),
@@ -45,12 +48,14 @@ def test_a_kink_ends_the_ascent_and_is_said() -> None:
         return -x.abs().sum(-1), torch.where(x >= 0, -1.0, 1.0).to(x)
 
     end = lbfgs(tent, torch.full((1, 1), 0.3, dtype=torch.float64), torch.full((1,), 1e-9, dtype=torch.float64), 200)
-    assert bool(end.stalled.all()) and float(end.x.abs().max()) < 1e-6
+    assert bool(end.stalled.all())
+    assert float(end.x.abs().max()) < 1e-6
 
 
 def test_adam_makes_the_steps_that_it_is_told() -> None:
     end = adam(lambda x, which: (-0.5 * x.square().sum(-1), -x), torch.ones(2, 3), 50, 0.1)
-    assert end.iterations.tolist() == [50, 50] and len(end.history) == 50
+    assert end.iterations.tolist() == [50, 50]
+    assert len(end.history) == 50
     reference = torch.ones(2, 3, requires_grad=True)
     optimizer = torch.optim.Adam([reference], lr=0.1)
     for _ in range(50):

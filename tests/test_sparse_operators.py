@@ -29,7 +29,8 @@ def over_supports(v: Tensor, k: int, total: float = 1.0) -> float:
 def test_the_projection_is_the_best_over_every_support(values: list[float], k: int, total: float) -> None:
     v = torch.tensor(values, dtype=torch.float64)
     p = project_sparse_simplex(v, k, total)
-    assert (p >= 0).all() and int((p > 0).sum()) <= k
+    assert (p >= 0).all()
+    assert int((p > 0).sum()) <= k
     torch.testing.assert_close(p.sum(), torch.tensor(total, dtype=torch.float64))
     assert float((p - v).square().sum()) == pytest.approx(over_supports(v, min(k, len(v)), total), abs=1e-9)
 

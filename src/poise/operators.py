@@ -225,7 +225,14 @@ def largest(s: Tensor, k: int, dim: int = -1) -> Tensor:
     """
     if k >= s.shape[dim]:
         return torch.ones_like(s, dtype=torch.bool)
-    last = s.topk(k, dim=dim).values.narrow(dim, k - 1, 1)
+    return _first(s, s.topk(k, dim=dim).values.narrow(dim, k - 1, 1), k, dim)
+
+
+def _first(s: Tensor, last: Tensor, k: int, dim: int) -> Tensor:
+    """Mark the first k entries that are at least `last`, the k-th largest."""
+    marked = s >= last
+    if not bool((marked.sum(dim) > k).any()):
+        return marked
     above, tied = s > last, s == last
     room = k - above.sum(dim, keepdim=True)
     return above | (tied & (tied.cumsum(dim) <= room))
@@ -271,7 +278,9 @@ def project_sparse_simplex(v: Tensor, k: int | None = None, total: float | Tenso
         # falling * place > excess holds for the first entry alone where the total is 0, up to rounding
         kept = (falling * place > excess).sum(dim, keepdim=True).clamp_min(1)
         threshold = excess.gather(dim, kept - 1) / kept
-        support = largest(v, count, dim) & (v > threshold)
+        support = v > threshold
+        if count < v.shape[dim]:
+            support &= _first(v, falling.narrow(dim, count - 1, 1), count, dim)
         size = support.sum(dim, keepdim=True).clamp_min(1)
     inside = torch.where(support, v, 0.0)
     theta = (inside.sum(dim, keepdim=True) - total) / size

@@ -76,7 +76,8 @@ class Transport:
         held = plan > 0
         linear = torch.where(held, self.cost * plan, 0.0).sum((-2, -1))
         if self.entropic:
-            return linear + self.gamma * torch.special.xlogy(plan, plan).sum((-2, -1))
+            linear += self.gamma * torch.special.xlogy(plan, plan).sum((-2, -1))
+            return linear
         return linear + 0.5 * self.gamma * plan.square().sum((-2, -1))
 
     def rows(self, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,9 +192,9 @@ def checked(
     cost = cost.detach()
     broken = cost.isnan() | (cost == -torch.inf)
     if bool(broken.any()):
-        place = broken.nonzero()[0].tolist()
+        entry = broken.nonzero()[0].tolist()
         raise InputError(
-            f"{name}: cost must be finite (+inf forbids an entry), and it is {cost[tuple(place)].item()} at {place}."
+            f"{name}: cost must be finite (+inf forbids an entry), and it is {cost[tuple(entry)].item()} at {entry}."
         )
     m, n = cost.shape[-2:]
     dtype = dtype or cost.dtype

@@ -61,10 +61,14 @@ def test_smooth_regularisers_reach_a_tight_certificate(formulation: str, regular
     result = sparse_transport(
         cost, a, b, gamma=0.5, formulation=formulation, regularizer=regularizer, tolerance=1e-9  # type: ignore[arg-type]
     )  # fmt: skip
-    assert result.status == ("converged",) and bool(result.converged) and bool(result.feasible)
+    assert result.status == ("converged",)
+    assert bool(result.converged)
+    assert bool(result.feasible)
     assert float(result.gap.abs()) < 1e-8
     certificate = result.certificate()
-    assert certificate.converged and certificate.feasible and certificate.support is not None
+    assert certificate.converged
+    assert certificate.feasible
+    assert certificate.support is not None
     assert len(certificate.support) == int((result.plan > 0).sum())
 
 
@@ -106,7 +110,8 @@ def test_one_nonzero_a_column_solves_assignment_problems() -> None:
     expected = torch.zeros(15, 15, dtype=torch.float64)
     expected[rows, columns] = 1 / 15
     torch.testing.assert_close(result.plan, expected)
-    assert result.status == ("converged",) and int(result.nonzeros.max()) == 1
+    assert result.status == ("converged",)
+    assert int(result.nonzeros.max()) == 1
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -139,7 +144,9 @@ def test_rows_are_limited_as_columns_of_the_transpose() -> None:
 def test_a_batch_is_its_problems_one_by_one_and_permutations_carry_over() -> None:
     cost, a, b = problem(batch=(2, 3))
     whole = sparse_transport(cost, a, b, k=6, gamma=0.5, tolerance=1e-9)
-    assert whole.plan.shape == cost.shape and whole.value.shape == (2, 3) and len(whole.status) == 6
+    assert whole.plan.shape == cost.shape
+    assert whole.value.shape == (2, 3)
+    assert len(whole.status) == 6
     alone = sparse_transport(cost[1, 2], a[1, 2], b[1, 2], k=6, gamma=0.5, tolerance=1e-9)
     torch.testing.assert_close(whole.plan[1, 2], alone.plan, atol=1e-9, rtol=0)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
@@ -162,9 +169,9 @@ def test_lines_without_mass_stay_empty_and_forbidden_entries_too() -> None:
     cost[5, 1] = torch.inf
     result = sparse_transport(cost, a, b, k=8, gamma=0.5, tolerance=1e-9)
     assert result.status == ("converged",)
-    assert (
-        float(result.plan[2].sum()) == 0 and float(result.plan[:, [0, 4]].sum()) == 0 and float(result.plan[5, 1]) == 0
-    )
+    assert float(result.plan[2].sum()) == 0
+    assert float(result.plan[:, [0, 4]].sum()) == 0
+    assert float(result.plan[5, 1]) == 0
     assert all(bool(getattr(result, n).isfinite().all()) for n in ("alpha", "beta", "plan", "value", "primal"))
 
 
@@ -173,11 +180,14 @@ def test_ties_are_reported_and_repaired_where_a_plan_exists() -> None:
     cost = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     with pytest.warns(PoiseWarning, match="missed their certificate"):
         result = sparse_transport(cost, k=2, gamma=1.0)
-    assert bool(result.feasible) and int(result.nonzeros.max()) <= 2
-    assert result.ties.any() and result.status[0].startswith("tied at the k-th place: a feasible plan")
+    assert bool(result.feasible)
+    assert int(result.nonzeros.max()) <= 2
+    assert result.ties.any()
+    assert result.status[0].startswith("tied at the k-th place: a feasible plan")
     # By hand: every column takes a whole row and shares the third, 2 * (1/9 + 1/36) / 2.
     assert float(result.primal) == pytest.approx(2 * (1 / 9 + 1 / 36) / 2, abs=1e-5)
-    assert not result.certificate().converged and result.certificate().measure.startswith("duality gap")
+    assert not result.certificate().converged
+    assert result.certificate().measure.startswith("duality gap")
 
 
 def test_a_limit_without_any_plan_is_flagged_and_never_silent() -> None:
@@ -186,7 +196,9 @@ def test_a_limit_without_any_plan_is_flagged_and_never_silent() -> None:
     cost = torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with pytest.warns(PoiseWarning, match="no feasible plan"):
         result = sparse_transport(cost, a, k=1)
-    assert not bool(result.feasible) and not bool(result.converged) and "Take a larger k" in result.status[0]
+    assert not bool(result.feasible)
+    assert not bool(result.converged)
+    assert "Take a larger k" in result.status[0]
 
 
 def test_a_warm_start_begins_where_the_last_one_ended() -> None:
@@ -194,7 +206,8 @@ def test_a_warm_start_begins_where_the_last_one_ended() -> None:
     for formulation in ("semi_dual", "dual"):
         cold = sparse_transport(cost, a, b, k=6, gamma=0.5, formulation=formulation, tolerance=1e-9)  # type: ignore[arg-type]
         warm = sparse_transport(cost, a, b, k=6, gamma=0.5, formulation=formulation, warm=cold, tolerance=1e-8)  # type: ignore[arg-type]
-        assert int(cold.iterations) > 5 and int(warm.iterations) == 0
+        assert int(cold.iterations) > 5
+        assert int(warm.iterations) == 0
     with pytest.raises(InputError, match="warm has potentials"):
         sparse_transport(cost[:, :5], warm=cold)
 
@@ -204,7 +217,8 @@ def test_adam_makes_its_steps_in_the_dtype_of_the_cost() -> None:
     with pytest.warns(PoiseWarning, match="iteration limit"):
         few = sparse_transport(cost, a, b, k=6, method="adam", max_iter=3, repair=False)
     many = sparse_transport(cost, a, b, k=6, method="adam", max_iter=2000, tolerance=1e-2, lr=1e-3)
-    assert few.plan.dtype == many.plan.dtype == torch.float32 and int(few.iterations) == 3
+    assert few.plan.dtype == many.plan.dtype == torch.float32
+    assert int(few.iterations) == 3
     exact = sparse_transport(cost, a, b, k=6)
     assert float(many.value) == pytest.approx(float(exact.value), abs=1e-4)
 
@@ -213,7 +227,9 @@ def test_the_iteration_limit_is_said() -> None:
     cost, a, b = problem()
     with pytest.warns(PoiseWarning, match="iteration limit"):
         result = sparse_transport(cost, a, b, max_iter=2, tolerance=1e-9)
-    assert int(result.iterations) == 2 and not bool(result.converged) and not result.certificate().converged
+    assert int(result.iterations) == 2
+    assert not bool(result.converged)
+    assert not result.certificate().converged
 
 
 @pytest.mark.parametrize(
@@ -256,7 +272,8 @@ def test_a_broken_cost_is_refused_with_its_place(cost: Tensor, message: str) -> 
 def test_results_copy_and_a_second_solve_is_the_same_bit_for_bit() -> None:
     cost, a, b = problem()
     one, two = (sparse_transport(cost, a, b, k=6, gamma=0.5) for _ in range(2))
-    assert torch.equal(one.plan, two.plan) and torch.equal(copy.deepcopy(one).plan, one.plan)
+    assert torch.equal(one.plan, two.plan)
+    assert torch.equal(copy.deepcopy(one).plan, one.plan)
 
 
 def test_the_baselines_are_the_limits_of_each_other() -> None:
@@ -268,7 +285,8 @@ def test_the_baselines_are_the_limits_of_each_other() -> None:
     torch.testing.assert_close(faint.linear, value, atol=1e-4, rtol=0)
     soft, error, rounds = entropic_transport(cost, a, b, gamma=0.05, tolerance=1e-10)
     same = sparse_transport(cost, a, b, gamma=0.05, regularizer="entropy", tolerance=1e-10)
-    assert float(error) <= 1e-10 and rounds < 1000
+    assert float(error) <= 1e-10
+    assert rounds < 1000
     torch.testing.assert_close(soft, same.plan, atol=1e-8, rtol=0)
 
 

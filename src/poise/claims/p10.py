@@ -7,6 +7,7 @@ dense router, a top-1 router and the transport router at capacity factor 1, five
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from statistics import fmean
@@ -83,7 +84,7 @@ def _judge(solved: dict[tuple[float, int], list[Solved]], routed: dict[str, list
     rising = []
     for gamma in sorted({g for g, _ in solved}):
         counts = [fmean(row.iterations for row in solved[gamma, k]) for k in limits]
-        if counts[-1] >= counts[1] or any(b > RISE * a for a, b in zip(counts, counts[1:], strict=False)):
+        if counts[-1] >= counts[1] or any(b > RISE * a for a, b in itertools.pairwise(counts)):
             rising.append(gamma)
             reasons.append(
                 f"at gamma {gamma} iterations do not fall with k: {', '.join(f'{c:.0f}' for c in counts)} for k = {limits}"
@@ -114,9 +115,7 @@ def _judge(solved: dict[tuple[float, int], list[Solved]], routed: dict[str, list
     return Finding("holds" if holds else "fails", _words(solved, routed, limits), "; ".join(reasons), figures)
 
 
-def _words(
-    solved: dict[tuple[float, int], list[Solved]], routed: dict[str, list[Routed]], limits: list[int]
-) -> str:
+def _words(solved: dict[tuple[float, int], list[Solved]], routed: dict[str, list[Routed]], limits: list[int]) -> str:
     def row(gamma: float, name: str, form: str) -> str:
         return " / ".join(format(fmean(float(getattr(r, name)) for r in solved[gamma, k]), form) for k in limits)
 
@@ -173,7 +172,7 @@ class Mixture(nn.Module):
         self.router = kinds[router](64, EXPERTS, multiple=1, **share)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.below(x).relu()
+        return torch.relu(self.below(x))
 
     def route(self, x: Tensor) -> Routing:
         """Return where examples go."""
@@ -212,9 +211,7 @@ def _route(router: Literal["dense", "top-1", "transport"] | str, seed: int) -> R
     with torch.no_grad():
         right = (model(x[TRAIN:]).argmax(-1) == target[TRAIN:]).double().mean()
         load = model.route(x[TRAIN:]).load
-    return Routed(
-        float(right), float(load.demand.max()) / load.capacity, float(load.dropped.sum()) / (len(x) - TRAIN)
-    )
+    return Routed(float(right), float(load.demand.max()) / load.capacity, float(load.dropped.sum()) / (len(x) - TRAIN))
 
 
 CLAIM = Claim(

@@ -185,7 +185,7 @@ def sparse_transport(
 
 @dataclass
 class _Parts:
-    """What is found, in the layout of the problem: plan [problems, lines, m]."""
+    """What is found, in the layout of the problem: plan [problems, lines, m], nonzeros chosen by the potentials [problems, lines]."""
 
     plan: Tensor
     alpha: Tensor
@@ -193,6 +193,7 @@ class _Parts:
     value: Tensor
     met: Tensor
     status: list[str]
+    chosen: Tensor
 
 
 def _start(problem: Transport, warm: TransportResult, formulation: Formulation, axis: str) -> Tensor:
@@ -221,7 +222,8 @@ def _read_off(problem: Transport, ascent: Ascent, formulation: Formulation, tole
         "converged" if ok else ("stalled: no ascent along the last gradient" if stuck else "iteration limit")
         for ok, stuck in zip(met.tolist(), ascent.stalled.tolist(), strict=True)
     ]
-    return _Parts(plan, alpha.clone(), beta.clone(), ascent.value.clone(), met, status)
+    chosen = (plan > 0).sum(-1)
+    return _Parts(plan, alpha.clone(), beta.clone(), ascent.value.clone(), met, status, chosen)
 
 
 def _repair(problem: Transport, parts: _Parts, tolerance: float, max_iter: int) -> None:
@@ -347,10 +349,9 @@ def _tie_gap(problem: Transport, parts: _Parts) -> Tensor:
     """Return the k-th less the next value of each line, infinite where the k-th carries no mass."""
     if problem.k is None or problem.k >= problem.cost.shape[-1]:
         return torch.full_like(problem.b, torch.inf)
-    s = parts.alpha[:, None, :] - problem.cost
-    falling = s.topk(problem.k + 1, dim=-1).values
+    falling = (parts.alpha[:, None, :] - problem.cost).topk(problem.k + 1, dim=-1).values
     last, following = falling[..., -2], falling[..., -1]
-    acts = (largest(s, problem.k) & (problem.plan(parts.alpha) > 0)).sum(-1) >= problem.k
+    acts = parts.chosen >= problem.k
     # -inf less -inf: nothing follows
     return torch.where(acts & following.isfinite(), last - following, torch.inf)
 
