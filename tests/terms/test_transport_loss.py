@@ -68,7 +68,7 @@ def test_points_move_onto_the_target() -> None:
 
 
 def test_a_given_cost_is_read_instead_of_points_and_the_formula_prints_back() -> None:
-    objective = poise.parse("transport(k=2, cost='given')")
+    objective = poise.parse("transport(k=3, cost='given')")
     assert objective.reads == ("transport_cost",)
     assert poise.parse("transport").reads == ("prediction", "target")
     assert str(poise.parse(str(objective))) == str(objective)

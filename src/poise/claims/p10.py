@@ -55,6 +55,16 @@ class Routed:
 
 def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Finding:
     """Solve the colour problems and train the mixtures (`full`: ten draws, and k = 16 and 32 too)."""
+    threads = torch.get_num_threads()
+    # Thousands of small steps: sharing each of them out costs more than it gains.
+    torch.set_num_threads(1)
+    try:
+        return _study(full, seed, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _study(full: bool, seed: int, progress: Progress | None) -> Finding:
     draws = [seed + i for i in range(10 if full else 5)]
     limits = (*LIMITS[:-1], 16, 32, LIMITS[-1]) if full else LIMITS
     solved: dict[tuple[float, int], list[Solved]] = {}
