@@ -208,3 +208,123 @@ class Simplex(ConvexSet):
     def active(self, point: Tensor, tolerance: float = 1e-8) -> Callable[[Tensor], Tensor] | None:
         zero = point <= tolerance
         return lambda p: torch.cat([(p.sum(-1) - self.total).reshape(-1), -p[zero]])
+
+
+# ---- at most k entries -----------------------------------------------------------------------------------------------
+
+
+def largest(s: Tensor, k: int, dim: int = -1) -> Tensor:
+    """Mark the k largest entries along a dimension; among equals the first ones, so that the choice is reproducible.
+
+    Args:
+        s: float [...].
+        k: from 1; at least the length of the dimension marks everything.
+
+    >>> largest(torch.tensor([1.0, 3.0, 3.0, 3.0]), 2)
+    tensor([False,  True,  True, False])
+    """
+    if k >= s.shape[dim]:
+        return torch.ones_like(s, dtype=torch.bool)
+    return _first(s, s.topk(k, dim=dim).values.narrow(dim, k - 1, 1), k, dim)
+
+
+def _first(s: Tensor, last: Tensor, k: int, dim: int) -> Tensor:
+    """Mark the first k entries that are at least `last`, the k-th largest."""
+    marked = s >= last
+    if not bool((marked.sum(dim) > k).any()):
+        return marked
+    above, tied = s > last, s == last
+    room = k - above.sum(dim, keepdim=True)
+    return above | (tied & (tied.cumsum(dim) <= room))
+
+
+def project_sparse_simplex(v: Tensor, k: int | None = None, total: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+    """Project onto the vectors of the simplex with at most k entries that are not 0.
+
+        P_k(v) = argmin ||p - v||^2   subject to   p >= 0,  sum(p) = total,  ||p||_0 <= k
+               = max(v - theta, 0) on the k largest entries of v, 0 elsewhere
+
+    Exact, although the set is not convex. Differentiable: on its support S the Jacobian is `diag(1_S) - 1_S 1_S' / |S|`, and
+    the derivative in `total` is `1_S / |S|`. Where the k-th and the next value are equal the first one is kept.
+
+    Args:
+        v: float [...]; -inf forbids an entry.
+        k: most entries that may be positive; None for no limit.
+        total: the sum, >= 0: a number, or a tensor of `v`'s shape without `dim`.
+        dim: along which dimension.
+
+    Raises:
+        InputError: k is not an integer of at least 1, or total is negative.
+
+    >>> project_sparse_simplex(torch.tensor([0.9, 0.8, 0.1, 0.7]), k=2)
+    tensor([0.5500, 0.4500, 0.0000, 0.0000])
+
+    Source: Kyrillidis et al., Sparse projections onto the simplex, ICML 2013.
+    """
+    count = v.shape[dim] if k is None else min(require_count("project_sparse_simplex", k), v.shape[dim])
+    total = torch.as_tensor(total, dtype=v.dtype, device=v.device)
+    if bool((total < 0).any()):
+        raise InputError(
+            f"project_sparse_simplex: total must not be negative, and its least is {total.min().item():g}."
+        )
+    if total.dim():
+        total = total.unsqueeze(dim)
+    with torch.no_grad():
+        falling = v.topk(count, dim=dim).values
+        excess = falling.cumsum(dim) - total
+        shape = [1] * v.dim()
+        shape[dim] = count
+        place = torch.arange(1, count + 1, device=v.device, dtype=v.dtype).reshape(shape)
+        # falling * place > excess holds for the first entry alone where the total is 0, up to rounding
+        kept = (falling * place > excess).sum(dim, keepdim=True).clamp_min(1)
+        threshold = excess.gather(dim, kept - 1) / kept
+        support = v > threshold
+        if count < v.shape[dim]:
+            support &= _first(v, falling.narrow(dim, count - 1, 1), count, dim)
+        size = support.sum(dim, keepdim=True).clamp_min(1)
+    inside = torch.where(support, v, 0.0)
+    theta = (inside.sum(dim, keepdim=True) - total) / size
+    return torch.where(support, (inside - theta).clamp_min(0.0), 0.0)
+
+
+def topk_conjugate(s: Tensor, k: int | None = None, gamma: float = 1.0, dim: int = -1) -> Tensor:
+    """Return the conjugate of a squared norm with at most k entries: `(1 / 2 gamma) sum over the k largest of max(s_i, 0)^2`.
+
+        Omega*(s) = max <s, t> - (gamma/2) ||t||^2   subject to   t >= 0,  ||t||_0 <= k
+
+    Convex in s although Omega is not. Its gradient is the maximiser, `max(s_i, 0) / gamma` on the k largest entries.
+
+    Args:
+        s: float [...].
+        k: most entries of t that may be positive; None for no limit.
+        gamma: strength, > 0.
+        dim: along which dimension.
+
+    Returns:
+        float, the shape of `s` without `dim`.
+
+    Raises:
+        InputError: k is not an integer of at least 1, or gamma is not positive.
+
+    >>> topk_conjugate(torch.tensor([2.0, 1.0, -1.0]), k=1)
+    tensor(2.)
+
+    Source: arXiv:2209.15466, section 3.
+    """
+    if not gamma > 0:
+        raise InputError(f"topk_conjugate: gamma must be positive, and it is {gamma}.")
+    positive = s.clamp_min(0.0)
+    if k is not None:
+        positive = torch.where(largest(s, require_count("topk_conjugate", k), dim), positive, 0.0)
+    return positive.square().sum(dim) / (2.0 * gamma)
+
+
+def require_count(name: str, k: object) -> int:
+    """Return k where it is an integer of at least 1.
+
+    Raises:
+        InputError: it is not; the message begins with `name`.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"{name}: k counts entries, so it is an integer of at least 1 (or None), and it is {k!r}.")
+    return k

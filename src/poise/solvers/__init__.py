@@ -20,9 +20,13 @@ _HOME: dict[str, str] = {
     "Spectrum": "kernel_distillation",
     "ClampWeights": "projection",
     "MaxNorm": "projection",
+    "TransportResult": "transport",
     "as_solver": "torch_optimizers",
     "lion_from_adamw": "lion",
     "lion_grid": "lion",
+    "entropic_transport": "transport_baselines",
+    "linear_transport": "transport_baselines",
+    "sparse_transport": "transport",
 }
 
 __all__ = ["parameter_groups", *sorted(_HOME)]

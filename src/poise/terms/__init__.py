@@ -91,6 +91,7 @@ CATALOGUE: dict[str, str] = {
     "token_reward_regularizer": "poise.terms.preference.treg:TokenRewardRegularizer",
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
     "total_variation": "poise.terms.divergence:TotalVariation",
+    "transport": "poise.terms.transport:TransportLoss",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
 
