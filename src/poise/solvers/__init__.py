@@ -14,6 +14,7 @@ _HOME: dict[str, str] = {
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
     "RMSprop": "torch_optimizers",
+    "Rival": "newton_rivals",
     "SGD": "torch_optimizers",
     "TorchOptimizer": "torch_optimizers",
     "SelfDistillationKRR": "kernel_distillation",
@@ -21,6 +22,9 @@ _HOME: dict[str, str] = {
     "ClampWeights": "projection",
     "MaxNorm": "projection",
     "as_solver": "torch_optimizers",
+    "cubic_newton": "newton_rivals",
+    "gradient_method": "newton_rivals",
+    "super_universal_newton": "newton_rivals",
 }
 
 __all__ = ["parameter_groups", *sorted(_HOME)]

@@ -32,7 +32,8 @@ __all__ = ["GradientNormalizedNewton", "NewtonStep", "Smooth", "as_smooth"]
 
 BACKENDS = ("auto", "cholesky", "cg", "rank_one")
 RULES = ("search", "constant", "gradient")
-# Keeps lambda finite at gamma = 0, and is kept for step by step agreement with the authors' code.
+# The authors' code adds it to gamma. Alone it would bound lambda by 1e8 |g|, so that no step of a steep function near its minimum
+# could be accepted: below 1e-5 it shrinks with gamma.
 _SMALL = 1e-8
 
 
@@ -293,7 +294,7 @@ class GradientNormalizedNewton:
         if self.rule == "gradient":
             self.gamma = self.gamma0 * norm
         for _ in range(self.max_search):
-            shift = max(norm / (self.gamma + _SMALL), curvature.floor)
+            shift = max(norm / (self.gamma + min(_SMALL, 1e-3 * self.gamma)), curvature.floor)
             direction = curvature.solve(shift, point.gradient)
             solves += 1
             if direction is not None:
@@ -317,7 +318,7 @@ class GradientNormalizedNewton:
         self.log.append(NewtonStep(point.value, point.norm, self.gamma, shift, length, solves, trials))
         self.solves += solves
         if self.rule == "search":
-            self.gamma = min(max(2 * self.gamma, 1e-9), 1e100)
+            self.gamma = min(2 * self.gamma, 1e100)
         if not (math.isfinite(trial.value) and math.isfinite(trial.norm)):
             raise NonFiniteError(
                 f"newton: a step of length {length:.3g} led to the value {trial.value}; use rule='search'."
@@ -403,7 +404,7 @@ class _Differentiated:
         with torch.enable_grad():
             value = self.function(leaf)
             (g,) = torch.autograd.grad(value, leaf)
-        return float(value), g
+        return float(value.detach()), g
 
     def curvature(self, x: Tensor, kind: Any, value: float, gradient: Tensor) -> Any:
         if kind == "exact":
