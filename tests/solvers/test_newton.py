@@ -340,12 +340,9 @@ def test_fixed_rules_follow_their_formula() -> None:
         solver = GradientNormalizedNewton(rule=rule, gamma0=0.5, tol=1e-7)
         assert solver.minimize_function(f, start)[1].converged
         for step in solver.log:
-            expected = (
-                step.gradient_norm / (0.5 + 1e-8)
-                if rule == "constant"
-                else step.gradient_norm / (0.5 * step.gradient_norm + 1e-8)
-            )
-            assert step.shift == pytest.approx(expected, rel=2e-3)  # rounded off where gamma is tiny
+            gamma = 0.5 if rule == "constant" else 0.5 * step.gradient_norm
+            assert step.gamma == pytest.approx(gamma)
+            assert step.shift == pytest.approx(step.gradient_norm / (gamma + min(1e-8, gamma / 1000)))
             assert step.solves == 1
 
 

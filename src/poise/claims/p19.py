@@ -14,7 +14,7 @@ unknowns, mu = 1) and the rivals: gradient method, fast gradient, cubic and supe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from poise.claims import Claim, Finding, Progress
 from poise.errors import PoiseWarning
 from poise.quantities import derive
 from poise.solvers.newton import GradientNormalizedNewton
-from poise.solvers.newton_rivals import cubic_newton, gradient_method, super_universal_newton
+from poise.solvers.newton_rivals import Rival, cubic_newton, gradient_method, super_universal_newton
 from poise.tasks.smooth_functions import LogSumExp, RosenbrockEquations
 
 LIMIT = 5000
@@ -87,7 +87,7 @@ def _judge(counts: Mapping[str, Count], gap: float) -> Finding:
     measured = (
         f"steps, exact / approximate / none: log-sum-exp {second} / {weighted} / {none}; Rosenbrock "
         f"{counts['rosenbrock p=2/exact']} / {gauss} / {flat}; p = 4: inexact Hessian {inexact}, rank-one term alone {rank}; logistic "
-        f"{counts['logistic/exact']} / {counts['logistic/fisher']} / {counts['logistic/zero']}; a factor of 1000 moves iterates by {gap:.1g} "
+        f"{counts['logistic/exact']} / {counts['logistic/fisher']} / {counts['logistic/zero']}; times 1000, iterates move by {gap:.1g} "
         "(paper: approximate curves nearly those of exact Newton, 1e-9 in about 100 steps on hard nonconvex problems)"
     )
     reasons = [
@@ -189,7 +189,7 @@ def _more(counts: dict[str, Count], seed: int, say: Progress) -> None:
     for i, kind in enumerate(("exact", "gauss_newton", "zero")):
         say(i / 7, f"1,000 unknowns, {kind}")
         counts[f"paper size/{kind}"] = _count(kind, f, start, 1e-8)
-    rivals = {
+    rivals: dict[str, Callable[[], Rival]] = {
         "gradient method": lambda: gradient_method(f, start, 1e-8, LIMIT),
         "fast gradient": lambda: gradient_method(f, start, 1e-8, LIMIT, fast=True),
         "cubic Newton": lambda: cubic_newton(f, start, 1e-8, 200),

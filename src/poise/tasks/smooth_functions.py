@@ -56,10 +56,10 @@ class LogSumExp:
         if kind not in ("exact", "gauss_newton"):
             raise _unknown("LogSumExp", kind, "'exact', 'gauss_newton', 'zero'")
         weights = torch.addmv(self.b, self.a, x, beta=-1).div_(self.mu).softmax(0)
-        # As the square of one factor, which a BLAS makes with half the work.
-        root = self.a * weights.mul(1 / self.mu).sqrt_()[:, None]
-        matrix = torch.from_numpy(root.numpy().T @ root.numpy()) if root.device.type == "cpu" else root.T @ root
-        return matrix if kind == "gauss_newton" else matrix.addr_(gradient, gradient, alpha=-1 / self.mu)
+        # The exact Hessian is that of rows less their mean. As the square of one factor a BLAS makes it with half the work.
+        rows = self.a if kind == "gauss_newton" else self.a - gradient
+        root = rows * weights.mul_(1 / self.mu).sqrt_()[:, None]
+        return torch.from_numpy(root.numpy().T @ root.numpy()) if root.device.type == "cpu" else root.T @ root
 
 
 class _Equations:
