@@ -126,7 +126,7 @@ def _against_lbfgs(n: int, d: int, mu: float, spread: float, repeats: int) -> Ra
     timing = paired(theirs, ours, repeats=repeats, warmup=1, clock=CLOCK)
     reached = "" if norms["theirs"] <= 1e-8 else ", which is not 1e-8"
     detail = (
-        f"{n} terms, {d} unknowns, mu = {mu}, columns 1 to 1/{spread:.0f}, CPU: L-BFGS {timing.first:.3f} s, {evaluations[0]:,} evaluations "
+        f"{n} terms, {d} unknowns, mu = {mu}, columns 1 to 1/{spread:.0f}: L-BFGS {timing.first:.3f} s, {evaluations[0]:,} evaluations "
         f"(torch {torch.__version__.partition('+')[0]}, strong Wolfe, history 100), newton {timing.second:.3f} s; gradient norms "
         f"{norms['theirs']:.1e}{reached}, and {norms['ours']:.1e}"
     )
