@@ -10,10 +10,12 @@ from poise.parameter_groups import parameter_groups
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",
     "AdamW": "torch_optimizers",
+    "GradientNormalizedNewton": "newton",
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
     "Lion": "lion",
     "RMSprop": "torch_optimizers",
+    "Rival": "newton_rivals",
     "SGD": "torch_optimizers",
     "TorchOptimizer": "torch_optimizers",
     "SelfDistillationKRR": "kernel_distillation",
@@ -27,6 +29,9 @@ _HOME: dict[str, str] = {
     "entropic_transport": "transport_baselines",
     "linear_transport": "transport_baselines",
     "sparse_transport": "transport",
+    "cubic_newton": "newton_rivals",
+    "gradient_method": "newton_rivals",
+    "super_universal_newton": "newton_rivals",
 }
 
 __all__ = ["parameter_groups", *sorted(_HOME)]

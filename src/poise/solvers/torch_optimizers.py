@@ -36,7 +36,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     # PyTorch's own tolerances stop before a certificate at 1e-6 is reached.
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
-NAMED = {"half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning"}
+NAMED = {
+    "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
+    "newton": "poise.solvers.newton:GradientNormalizedNewton",
+}
 """Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
