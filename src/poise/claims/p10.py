@@ -104,6 +104,16 @@ def _judge(solved: dict[tuple[float, int], list[Solved]], routed: dict[str, list
         reasons.append(f"an expert of the transport router is asked for {max(loads):.2f} times its capacity")
     if min(row.load for row in routed["top-1"]) <= 1:
         reasons.append("top-1 routing did not overflow in every seed, so the comparison says little")
+    capped = [
+        k for k in limits if any(row.iterations >= MOST for g, each in solved if each == k for row in solved[g, k])
+    ]
+    if capped:
+        reasons.append(f"ascents end at the limit of {MOST} iterations for k = {capped}, so their order is not seen")
+    ours, plain = (fmean(row.accuracy for row in routed[name]) for name in ("transport", "top-1"))
+    if ours < plain:
+        reasons.append(
+            f"the paper's accuracy does not appear on digits: transport {100 * ours:.1f} %, top-1 {100 * plain:.1f} %"
+        )
     missed = {k: sum(not row.met for (_, each), rows in solved.items() if each == k for row in rows) for k in limits}
     if any(missed.values()):
         many = len(solved) // len(limits) * len(next(iter(solved.values())))
