@@ -41,6 +41,10 @@ HEAVY = {
     "skimage",
     "cleanlab",
     "torchmetrics",
+    "ot",
+    "jax",
+    "optuna",
+    "cvxpy",
 }
 WITHOUT_TORCH = (
     "__init__",
