@@ -422,7 +422,7 @@ def test_a_tolerance_below_rounding_is_said_and_never_infinite() -> None:
         ({"tol": float("nan")}, "tol must be finite"),
         ({"power": 1.0}, "power must be"),
         ({"max_search": 0}, "at least 1"),
-        ({"lr": 0.1}, "no option 'lr'"),
+        ({"momentum": 0.1}, "no option 'momentum'"),
         ({"metric": torch.tensor([1.0, -1.0])}, "diagonal metric"),
         ({"metric": torch.tensor([[1.0, 2.0], [2.0, 1.0]])}, "no Cholesky factor"),
         ({"metric": torch.tensor([[1.0, 2.0], [0.0, 1.0]])}, "the metric is not symmetric"),

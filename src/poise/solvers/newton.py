@@ -97,6 +97,7 @@ class GradientNormalizedNewton:
         rule: "search"; or without one, "constant" (gamma = gamma0 throughout) and "gradient" (gamma = gamma0 |g|, lambda = 1/gamma0).
         power: `p` of hessian="rank_one", for objectives `|u|^p / p`; at least 2.
         cg_tolerance: relative residual of the linear systems that "cg" solves.
+        lr: the same as gamma0, under the name by which a study gives every solver its step size.
 
     Attributes:
         gamma: the next trial's radius.
@@ -128,6 +129,7 @@ class GradientNormalizedNewton:
         rule: str = "search",
         power: float = 4.0,
         cg_tolerance: float = 1e-12,
+        lr: float | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -136,6 +138,7 @@ class GradientNormalizedNewton:
                 f"newton has no option {next(iter(unknown))!r}."
                 + (nearest(next(iter(unknown)), known) or f" It has: {', '.join(known)}.")
             )
+        gamma0 = gamma0 if lr is None else lr
         if isinstance(hessian, str) and hessian not in KINDS:
             raise InputError(
                 f"newton: there is no hessian {hessian!r}."

@@ -29,6 +29,7 @@ _RATES = {
     "adagrad": 0.01,
     "lion": 3e-4,
     "half_fine_tuning": 0.003,
+    "newton": 1.0,
 }
 
 
