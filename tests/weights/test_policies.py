@@ -348,6 +348,13 @@ def test_a_wrong_policy_in_a_formula_is_an_error_with_the_nearest_name(formula: 
         poise.parse(formula)
 
 
+def test_an_argument_that_a_method_does_not_take_is_named_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"one_step has no argument 'evry'\. Did you mean 'every'"):
+        fit_blobs("cross_entropy + auto(policy='bilevel', method='one_step(evry=3)')*l2")
+    with pytest.raises(InputError, match="cagrad has no argument 'd'"):
+        fit_blobs("cross_entropy + confidence_penalty", policy="cagrad(d=3)")
+
+
 def test_a_policy_in_a_formula_goes_round() -> None:
     for text in ("auto(policy='bilevel', method='cg(terms=5)')*l2", "auto('a', low=0.1, policy='bilevel')*l2"):
         assert str(poise.parse(text)) == text

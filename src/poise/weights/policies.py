@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from poise.call_text import parse_call
@@ -81,13 +82,18 @@ def make_policy(policy: str, method: str | None = None) -> Any:
     known = METHODS[policy]
     text = method or DEFAULTS[policy]
     name, arguments = parse_call(text, known, "method", f"{DEFAULTS[policy]}")
-    module, _, attribute = known[name].partition(":")
-    made = getattr(importlib.import_module(f"poise.weights.{module}"), attribute)
+    module_name, _, attribute = known[name].partition(":")
+    module = importlib.import_module(f"poise.weights.{module_name}")
+    made = getattr(module, attribute)
     features = arguments.pop("on", None) if policy == "pareto" else None
-    try:
-        found = made(**arguments)
-    except TypeError as error:
-        raise InputError(f"{text}: {error}.") from None
+    # A function that stands for one method of a class says in its annotation which class takes the arguments.
+    taking = made if isinstance(made, type) else getattr(module, made.__annotations__["return"])
+    parameters = inspect.signature(taking).parameters
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        for argument in arguments:
+            if argument not in parameters:
+                raise InputError(f"{name} has no argument {argument!r}.{nearest(argument, parameters)}")
+    found = made(**arguments)
     return found if features is None else found.on(features)
 
 
