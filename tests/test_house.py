@@ -12,8 +12,7 @@ ROOT = {p.stem for p in SOURCE.glob("*.py")} | {"errors"}
 ABOVE = {"recipes", "tasks", "studies", "claims", "report", "cli", "saved", "tables", "terminal"}
 MAY_IMPORT = {
     "terms": {"terms", "parts"},
-    # A weight may be set by what predictions are worth, and there is one hypervolume.
-    "weights": {"weights", "metrics"},
+    "weights": {"weights"},
     "solvers": {"solvers"},
     "parts": {"parts"},
     "readouts": {"readouts"},

@@ -17,7 +17,7 @@ from poise.metrics.pareto import (
     hypervolume_improvement,
     nondominated,
 )
-from poise.metrics.pareto_sweep import contributions_3d, kernel, volume_3d
+from poise.pareto_sweep import contributions_3d, kernel, volume_3d
 
 SIZES = [(n, m) for m in (1, 2, 3, 4, 5) for n in (1, 2, 5, 11)]
 

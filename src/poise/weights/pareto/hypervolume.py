@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError, NonFiniteError, PoiseWarning
-from poise.metrics.pareto import hypervolume, hypervolume_improvement, nondominated
+from poise.pareto_fronts import hypervolume, hypervolume_improvement, nondominated
 
 if TYPE_CHECKING:
     from poise.objective import Objective
