@@ -1,9 +1,11 @@
 """Policies in a run: who owns which weight, what they are told, and how their weights reach the update.
 
-fit(model, "a + auto(policy='bilevel')*l2", ...)        # made from the formula
-fit(model, "a + auto*l2", ..., policy=OnlineBilevel())   # owns every `auto` that names no policy
-fit(model, "a + b", ..., policy="mgda")                  # balances every term
-fit(model, "a + b", ..., policy=SelfTuning(hypers))      # owns no weight: tunes what the model's layers and the terms read
+    fit(model, "a + auto(policy='bilevel')*l2", ...)        # made from the formula
+    fit(model, "a + auto*l2", ..., policy=OnlineBilevel())   # owns every `auto` that names no policy
+    fit(model, "a + b", ..., policy="mgda")                  # balances every term
+    fit(model, "a + b", ..., policy=SelfTuning(hypers))      # owns no weight: tunes what the model's layers and the terms read
+
+A loop makes one `Policies` a run: it `bind`s them, `set`s the weights before every update and `advance`s them after it.
 """
 
 from __future__ import annotations

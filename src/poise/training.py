@@ -473,15 +473,13 @@ class _Loop:
             # The weights of such a step do not exist; it is left out like one whose value is not finite.
             if self.options["on_nonfinite"] != "skip":
                 raise
-            self.objective.discard()
-            state.skipped += 1
+            self._leave_out()
             state.step += 1
             return
         step = self.solver.step(problem, self._accept(problem))
         if step.skipped:
-            self.objective.discard()
+            self._leave_out()
             self.policies.discard(signals)
-            state.skipped += 1
         else:
             self.objective.advance()
             self.policies.advance(signals)
@@ -490,6 +488,11 @@ class _Loop:
         state.step += 1
         state.latest = step
         self.window.add(step)
+
+    def _leave_out(self) -> None:
+        """Count a step that was not taken, and forget what waits for `advance`."""
+        self.objective.discard()
+        self.state.skipped += 1
 
     def _accept(self, problem: Problem) -> Callable[[Step], bool] | None:
         """Look at the value before the step. On an accelerator that would wait for it, so "stop" looks at the log points only."""
