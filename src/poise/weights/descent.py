@@ -8,6 +8,27 @@ from torch import Tensor, nn
 from poise.errors import InputError
 
 
+def adam(
+    gradient: Tensor, mean: Tensor, square: Tensor, count: int, betas: tuple[float, float], eps: float = 1e-8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Adam's direction, to be multiplied by a step size and subtracted, and its two moments after this gradient.
+
+        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   direction = (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)
+
+    Args:
+        gradient, mean, square: of one shape; the moments before this gradient, 0 at first.
+        count: t, which gradient this is, from 1.
+        betas: b1 and b2.
+        eps: what keeps the quotient finite; tiny for numbers whose gradients may be as small as they like.
+
+    Source: Kingma and Ba, arXiv:1412.6980, algorithm 1.
+    """
+    first, second = betas
+    mean = first * mean + (1 - first) * gradient
+    square = second * square + (1 - second) * gradient.square()
+    return (mean / (1 - first**count)) / ((square / (1 - second**count)).sqrt() + eps), mean, square
+
+
 class Descent(nn.Module):
     """Adam on `theta`, clamped to `[low, high]`.
 
@@ -49,14 +70,10 @@ class Descent(nn.Module):
             gradient: f64 [m].
             updates: how many steps the run makes in all.
         """
-        first, second = self.betas
         self.count += 1
         done = int(self.count)
-        self.mean = first * self.mean + (1 - first) * gradient
-        self.square = second * self.square + (1 - second) * gradient.square()
-        mean, square = self.mean / (1 - first**done), self.square / (1 - second**done)
+        move, self.mean, self.square = adam(gradient, self.mean, self.square, done, self.betas, eps=1e-150)
         length = self._length(updates) * (max(0.0, 1 - (done - 1) / max(1, updates)) if self.decay else 1.0)
-        move = torch.where(square > 0, mean / square.clamp_min(1e-300).sqrt(), 0.0)
         self.theta = (self.theta - length * move).clamp(self.low, self.high)
 
     def _length(self, updates: int) -> Tensor | float:

@@ -32,6 +32,7 @@ from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.quantities import derive
 from poise.response_input import ResponseInput, response_input_of
 from poise.weights.bilevel.response_step import ResponseStep
+from poise.weights.descent import adam
 from poise.weights.hyperparameter import Hyperparameter, HyperparameterWeight, check_names
 from poise.weights.hyperparameter_schedule import HyperparameterSchedule
 from poise.weights.owned import OwnedWeight
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BestRecord", "SelfTuning", "perturbation_entropy"]
 
-BETAS, EPS = (0.9, 0.999), 1e-8
+BETAS = (0.9, 0.999)
 """Of Adam on h and on the scales."""
 
 
@@ -398,12 +399,9 @@ class SelfTuning(nn.Module):
 
     def _move(self, of_raw: Tensor, of_scale: Tensor) -> None:
         """Adam on h and, where they are learned, on the scales."""
-        t = int(self.counts[1]) + 1
         gradient = torch.stack([of_raw, of_scale])
-        first = BETAS[0] * self.moments[:, 0] + (1 - BETAS[0]) * gradient
-        second = BETAS[1] * self.moments[:, 1] + (1 - BETAS[1]) * gradient.square()
+        step, first, second = adam(gradient, self.moments[:, 0], self.moments[:, 1], int(self.counts[1]) + 1, BETAS)
         self.moments = torch.stack([first, second], 1)
-        step = (first / (1 - BETAS[0] ** t)) / ((second / (1 - BETAS[1] ** t)).sqrt() + EPS)
         for hyper, raw in zip(self.tuned, self.raw - self.lr * step[0], strict=True):
             hyper.move(raw)
         if self.learn_scale:

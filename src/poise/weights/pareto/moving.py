@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError
+from poise.weights.descent import adam
 from poise.weights.pareto.balancer import Balancer
 
 if TYPE_CHECKING:
@@ -129,10 +130,6 @@ class Adam(Remembering):
         """Return where the numbers go from `at`, and move the moments."""
         if not self.first.numel():
             self.first, self.second = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        b1, b2 = self.betas
         self.count = self.count + 1
-        t = int(self.count)
-        self.first = b1 * self.first + (1 - b1) * gradient
-        self.second = b2 * self.second + (1 - b2) * gradient.square()
-        m, v = self.first / (1 - b1**t), self.second / (1 - b2**t)
-        return at - self.lr * m / (v.sqrt() + 1e-8)
+        direction, self.first, self.second = adam(gradient, self.first, self.second, int(self.count), self.betas)
+        return at - self.lr * direction
