@@ -34,6 +34,7 @@ CATALOGUE: dict[str, str] = {
     "dpo": "poise.terms.preference.dpo:DPO",
     "dpop": "poise.terms.preference.dpo:DPOP",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
+    "energy_l2": "poise.terms.unnormalized:EnergyL2",
     "error_rate": "poise.terms.supervised:ErrorRate",
     "exo_pair": "poise.terms.preference.margin_losses:EXOPair",
     "expected_reward": "poise.terms.regularised_reward:ExpectedReward",
@@ -42,6 +43,7 @@ CATALOGUE: dict[str, str] = {
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",
     "forward_kl": "poise.terms.divergence:ForwardKL",
+    "function_of_means": "poise.terms.function_of_means:FunctionOfMeans",
     "generalized_cross_entropy": "poise.terms.robust:GeneralizedCrossEntropy",
     "grpo": "poise.terms.policy_gradient.clipped:GRPO",
     "huber": "poise.terms.supervised:Huber",
@@ -59,6 +61,7 @@ CATALOGUE: dict[str, str] = {
     "mixup": "poise.terms.supervised:Mixup",
     "mutual_information": "poise.terms.domain:MutualInformation",
     "nca_pair": "poise.terms.preference.margin_losses:NCAPair",
+    "nce": "poise.terms.unnormalized:NCE",
     "odds_ratio": "poise.terms.preference.simpo:OddsRatio",
     "phrase_margin": "poise.terms.preference.rrpo:PhraseMargin",
     "ppo_clip": "poise.terms.policy_gradient.clipped:PPOClip",
@@ -76,6 +79,7 @@ CATALOGUE: dict[str, str] = {
     "score": "poise.terms.policy_gradient.scored:Score",
     "segment_margin": "poise.terms.preference.rrpo:SegmentMargin",
     "sft": "poise.terms.preference.rpo:SFT",
+    "short_run_langevin": "poise.terms.short_run_langevin:ShortRunLangevin",
     "simpo": "poise.terms.preference.simpo:SimPO",
     "slic": "poise.terms.preference.margin_losses:SLiC",
     "soft_dpo": "poise.terms.preference.soft:SoftPreference",
@@ -92,6 +96,7 @@ CATALOGUE: dict[str, str] = {
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
     "total_variation": "poise.terms.divergence:TotalVariation",
     "transport": "poise.terms.transport:TransportLoss",
+    "unnormalized_nll": "poise.terms.unnormalized:UnnormalizedNLL",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
 
