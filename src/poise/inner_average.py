@@ -105,7 +105,7 @@ class LogInnerAverage(_Averaged):
     >>> for mean in (1.0, 3.0):
     ...     average.store(torch.tensor(mean).log())
     >>> average.log_u.exp()                                              # 1, then (1 + 3) / 2
-    tensor(2., dtype=torch.float64)
+    tensor(2.0000, dtype=torch.float64)
     """
 
     log_u: Tensor
@@ -148,21 +148,21 @@ class InnerAverage(_Averaged):
         return (1 - self.rate) * (self.u - before) + new
 
 
-def log_mean_everywhere(log_values: Tensor, alone: bool = False) -> Tensor:
-    """Return log mean exp over the rows of every process, 0-dim; the numbers of rows may differ.
+def log_mean_everywhere(log_values: Tensor, alone: bool = False) -> tuple[Tensor, int]:
+    """Return log mean exp over the rows of every process, 0-dim, and the number of rows, which may differ by process.
 
     Args:
         log_values: float [rows].
         alone: of this process only.
 
-    >>> log_mean_everywhere(torch.tensor([1.0, 3.0]).log()).exp()
+    >>> log_mean_everywhere(torch.tensor([1.0, 3.0]).log())[0].exp()
     tensor(2.)
     """
     total, rows = torch.logsumexp(log_values, 0), len(log_values)
     if alone or processes.size() == 1:
-        return total - math.log(rows)
+        return total - math.log(rows), rows
     table = processes.gather_rows(torch.stack([total.double(), total.new_tensor(rows).double()])[None])
-    return torch.logsumexp(table[:, 0], 0) - table[:, 1].sum().log()
+    return torch.logsumexp(table[:, 0], 0) - table[:, 1].sum().log(), int(table[:, 1].sum())
 
 
 def mean_everywhere(values: Tensor, weight: Tensor | None = None, alone: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError
+from poise.quadrature import midpoints
 
 __all__ = [
     "BoxNoise",
@@ -342,12 +343,8 @@ class GridNoise(EnumerationNoise):
     """
 
     def __init__(self, low: Tensor, high: Tensor, cells: int = 100) -> None:
-        if low.ndim != 1 or low.shape != high.shape or not bool((low < high).all()) or len(low) > 3:
-            raise InputError("GridNoise: low and high are corners [d] of a box, d at most 3, with low below high everywhere.")
-        middles = (torch.arange(cells, dtype=low.dtype, device=low.device) + 0.5) / cells
-        sides = [a + (b - a) * middles for a, b in zip(low, high, strict=True)]
-        points = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).reshape(-1, len(low))
-        super().__init__(points, float((high - low).log().sum()) - len(low) * math.log(cells))
+        points, log_volume = midpoints(low, high, cells)
+        super().__init__(points, log_volume)
 
 
 class MixedNoise(_Noise):

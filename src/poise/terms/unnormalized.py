@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from poise import processes
 from poise.errors import IncompatibleError, InputError, PoiseWarning, QuantityError
 from poise.inner_average import LogInnerAverage, log_mean_everywhere
 from poise.objective import Term, Value
@@ -126,9 +125,10 @@ class UnnormalizedNLL(Term):
         log_r = (log_p_drawn - drawn_log_noise).detach()
         # Only a training step is sure to be taken by every process at once.
         alone = not (self.training and torch.is_grad_enabled()) or not self.ahead
-        log_g = _checked(log_mean_everywhere(log_r, alone), log_p_drawn, drawn_log_noise, self.formula)
-        if self.training and torch.is_grad_enabled():
-            self._rows = len(log_r)
+        log_g, rows = log_mean_everywhere(log_r, alone)
+        log_g = _checked(log_g, log_p_drawn, drawn_log_noise, self.formula)
+        if not alone:
+            self._rows = rows
         log_u = self._ahead(log_g, _before(previous_drawn_log_density, drawn_log_noise, alone))
         ratio = (log_r - log_u).exp().to(log_r.dtype)
         kept = ratio if self.clip is None else ratio.clamp(max=self.clip)
@@ -150,7 +150,7 @@ class UnnormalizedNLL(Term):
         """Store the average, over the noise of all processes; warn of noise that hardly meets the model."""
         self._refuse_micro_batches(len(drawn_log_noise))
         log_r = _wide(drawn_log_density) - drawn_log_noise
-        log_g = log_mean_everywhere(log_r, alone=True)  # the rows of all processes are here already
+        log_g, _ = log_mean_everywhere(log_r, alone=True)  # the rows of all processes are here already
         self.average.store(log_g, _before(previous_drawn_log_density, drawn_log_noise, alone=True))
         self.ess = torch.exp(2 * torch.logsumexp(log_r, 0) - torch.logsumexp(2 * log_r, 0)).double()
         self.weight_sum = (log_g - self.average.log_u).exp()
@@ -182,7 +182,7 @@ class UnnormalizedNLL(Term):
 
     def _refuse_micro_batches(self, rows: int) -> None:
         """A look ahead from a part of the noise is not that from all of it."""
-        if self.ahead and self._rows and rows > self._rows * processes.size():
+        if self.ahead and self._rows and rows > self._rows:
             raise IncompatibleError(
                 f"unnormalized_nll looks ahead at the mean over all the noise of a step, and this step was made of micro-batches ({rows} "
                 f"points, {self._rows} at once). Use accumulate=1, or unnormalized_nll(ahead=False)."
@@ -292,7 +292,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _before(log_density: Tensor | None, log_noise: Tensor, alone: bool) -> Tensor | None:
-    return None if log_density is None else log_mean_everywhere((_wide(log_density) - log_noise).detach(), alone)
+    return None if log_density is None else log_mean_everywhere((_wide(log_density) - log_noise).detach(), alone)[0]
 
 
 def _checked(summary: Tensor, log_density: Tensor, log_noise: Tensor, name: str) -> Tensor:
