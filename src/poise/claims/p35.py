@@ -2,10 +2,14 @@
 
 Five looks. (1) A Gaussian's mean, data N(R, 1), noise N(0, 1), exact expectations by quadrature: steps of gradient descent at rate 0.5 until
 |theta - R| < 0.1, and the ratio of curvatures at the optimum. (2) The same by samples, R = 4, noise fitted to the data with twice their
-width: 2,000 steps of 128. (3) Two moons and two rings, an energy 2-64-64-1, kernel noise: the held-out likelihood by quadrature after 500
-steps of 128 with Adam, five seeds; each method at the best of three rates, chosen on a seed of its own. (4) An energy 10-64-64-1 on the
-digits 0 to 4 in ten principal directions: area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1
-against no averaging (gamma 1). `full` takes ten seeds and 2,000 steps.
+width: 2,000 steps of 128. (3) Two moons and two rings, an energy 2-64-64-1, kernel noise with a tenth of a wide Gaussian: the held-out
+likelihood by quadrature after 500 steps of 128, five seeds. (4) An energy 10-64-64-1 on the digits 0 to 4 in ten principal directions:
+area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1 against no averaging (gamma 1), with the
+kernel noise and with a plain Gaussian of twice the data's width.
+
+Adam with a rate that falls as a cosine; each method has the best of three rates by held-out likelihood on a seed of its own, once on the
+moons and once on the digits. All energies are confined by a Gaussian of width 2: without it they fall below those of the data
+where noise rarely looks, for both methods alike. `full` takes ten seeds and 2,000 steps.
 """
 
 from __future__ import annotations
@@ -20,16 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from poise.claims import Claim, Finding, Progress
-from poise.metrics.density import auroc, heldout_nll, quadrature_log_normalizer
+from poise.metrics.density import auroc, heldout_nll, importance_log_normalizer, quadrature_log_normalizer
 from poise.parts.noise import GaussianNoise, KDENoise, MixedNoise
 from poise.quadrature import midpoints
-from poise.quantities import derive
+from poise.quantities import derive, random_numbers
 from poise.readouts import Unnormalized
 from poise.studies.intervals import t_interval
 from poise.training import fit
+from poise.weights.schedule import cosine
 
 DISTANCES, LIMIT = (2, 4, 6, 8), 20_000
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 METHODS = {"MECO": "unnormalized_nll(gamma=0.5)", "NCE": "nce"}
 FEW = {"gamma 0.1": "unnormalized_nll(gamma=0.1)", "gamma 1": "unnormalized_nll(gamma=1.0)"}
 TOYS = ("moons", "rings")
@@ -59,8 +64,8 @@ class Measured:
         arrivals: steps until theta stays within 5 % of it, likewise.
         nll: held-out nats by (toy, method), seed by seed.
         detection: areas under the curve by method, seed by seed.
-        few: held-out nats with 16 points of noise, by name, seed by seed.
-        rates: the learning rate chosen for each (toy, method).
+        few: held-out nats with 16 points of noise by (noise, name), seed by seed.
+        rates: the learning rate chosen for each (data, method).
     """
 
     landscape: Mapping[int, Landscape]
@@ -68,7 +73,7 @@ class Measured:
     arrivals: Mapping[str, Sequence[int]]
     nll: Mapping[tuple[str, str], Sequence[float]]
     detection: Mapping[str, Sequence[float]]
-    few: Mapping[str, Sequence[float]]
+    few: Mapping[tuple[str, str], Sequence[float]]
     rates: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
@@ -82,22 +87,29 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
     say(0.05, "the same by samples")
     sampled = {m: [by_samples(f, s) for s in seeds[:3]] for m, f in METHODS.items()}
     nll, rates = {}, {}
-    for i, (toy, method) in enumerate((t, m) for t in TOYS for m in METHODS):
-        say(0.2 + 0.13 * i, f"{toy}, {method}")
-        tuning = [derive(seed, "tuning", toy)]
-        rates[toy, method] = min(RATES, key=lambda lr: toy_nll(toy, METHODS[method], lr, tuning[0], steps))
-        nll[toy, method] = [toy_nll(toy, METHODS[method], rates[toy, method], s, steps) for s in seeds]
-    say(0.75, "16 points of noise")
-    few = {n: [toy_nll("moons", f, rates["moons", "MECO"], s, steps, noise=16) for s in seeds] for n, f in FEW.items()}
+    for i, (method, formula) in enumerate(METHODS.items()):
+        say(0.2 + 0.2 * i, f"moons and rings, {method}")
+        tuning = derive(seed, "tuning")
+        rates["moons", method] = min(RATES, key=lambda lr: toy_nll("moons", formula, lr, tuning, steps))
+        rates["digits", method] = min(RATES, key=lambda lr: digits(formula, lr, tuning, steps)[0])
+        for toy in TOYS:
+            nll[toy, method] = [toy_nll(toy, formula, rates["moons", method], s, steps) for s in seeds]
+    say(0.6, "16 points of noise")
+    rate = rates["moons", "MECO"]
+    few = {
+        (place, name): [toy_nll("moons", formula, rate, s, steps, 16, noise) for s in seeds]
+        for place, noise in NOISES.items()
+        for name, formula in FEW.items()
+    }
     say(0.9, "digits")
-    detection = {m: [digit_detection(f, s, steps) for s in seeds[:3]] for m, f in METHODS.items()}
+    found = {m: [digits(f, rates["digits", m], s, steps) for s in seeds[:3]] for m, f in METHODS.items()}
     return judge(
         Measured(
             landscape,
             {m: [e for e, _ in runs] for m, runs in sampled.items()},
             {m: [a for _, a in runs] for m, runs in sampled.items()},
             nll,
-            detection,
+            {m: [area for _, area in runs] for m, runs in found.items()},
             few,
             rates,
         )
@@ -126,13 +138,17 @@ def judge(found: Measured) -> Finding:
     detection = {m: fmean(v) for m, v in found.detection.items()}
     if detection["MECO"] < detection["NCE"] - 0.01:
         reasons.append(f"MECO detects foreign digits worse by {detection['NCE'] - detection['MECO']:.3f}")
-    average = [one - many for many, one in zip(found.few["gamma 0.1"], found.few["gamma 1"], strict=True)]
-    if fmean(average) <= 0:
-        reasons.append(f"no averaging is as good with 16 points of noise ({fmean(average):+.3f} nats)")
+    average = {
+        place: [one - many for many, one in zip(found.few[place, "gamma 0.1"], found.few[place, "gamma 1"], strict=True)]
+        for place in NOISES
+    }
+    for place, gain in average.items():
+        if fmean(gain) <= 0:
+            reasons.append(f"with 16 points of {place} noise no averaging is as good (a gain of {fmean(gain):+.3f} nats)")
     return Finding("fails" if reasons else "holds", _line(found, gains, average, slope), "; ".join(reasons), _figures(found, slope))
 
 
-def _line(found: Measured, gains: Mapping[str, list[float]], average: list[float], slope: float) -> str:
+def _line(found: Measured, gains: Mapping[str, list[float]], average: Mapping[str, list[float]], slope: float) -> str:
     steps = ", ".join(f"{each.nll} against {_shown(each.nce)} (R={r})" for r, each in found.landscape.items())
     toys = "; ".join(
         f"{toy} {fmean(found.nll[toy, 'NCE']):.3f} -> {fmean(found.nll[toy, 'MECO']):.3f} nats ({_interval(gains[toy])})" for toy in TOYS
@@ -142,7 +158,7 @@ def _line(found: Measured, gains: Mapping[str, list[float]], average: list[float
         f"exact descent, likelihood against NCE: {steps} steps, NCE's curvature exp({slope:.3f} R^2) (paper: condition number 1, and exponential "
         f"decay); by samples {fmean(found.arrivals['MECO']):.0f} against {_shown(fmean(found.arrivals['NCE']), 2000)} steps to within 5 %, MECO ends "
         f"{max(found.errors['MECO']):.1%} off; NCE -> MECO: {toys}; foreign digits, area under the curve {areas}; averaging with 16 points of noise gains "
-        f"{_interval(average)} nats (paper: better density estimates, detection and FID than NCE on toys and CIFAR-10; no figures of its "
+        f"{'; '.join(f'{_interval(gain)} nats ({place})' for place, gain in average.items())} (paper: better density estimates, detection and FID than NCE on toys and CIFAR-10; no figures of its "
         "tables at hand)"
     )
 
@@ -165,7 +181,7 @@ def _figures(found: Measured, slope: float) -> dict[str, float]:
         figures |= {f"error/{m}": max(found.errors[m]), f"arrival/{m}": fmean(found.arrivals[m]), f"auroc/{m}": fmean(found.detection[m])}
     figures |= {f"nll/{toy}/{m}": fmean(v) for (toy, m), v in found.nll.items()}
     figures |= {f"rate/{toy}/{m}": v for (toy, m), v in found.rates.items()}
-    return figures | {f"nll, 16 points/{n}": fmean(v) for n, v in found.few.items()}
+    return figures | {f"nll, 16 points/{place}/{n}": fmean(v) for (place, n), v in found.few.items()}
 
 
 def _curvature_slope(landscape: Mapping[int, Landscape]) -> float:
@@ -252,7 +268,7 @@ class _Path:
 
 
 class EnergyNet(nn.Module):
-    """log p~ by two hidden layers of 64."""
+    """log p~ by two hidden layers of 64, within a Gaussian of width 2."""
 
     def __init__(self, inputs: int, seed: int) -> None:
         super().__init__()
@@ -262,7 +278,7 @@ class EnergyNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(x).squeeze(-1)
-        return out
+        return out - x.square().sum(-1) / 8
 
 
 def toy_data(toy: str, seed: int, points: int = 3000) -> Tensor:
@@ -280,21 +296,29 @@ def covering_noise(x: Tensor) -> MixedNoise:
     return MixedNoise([KDENoise.fit(x, scale=1.5), GaussianNoise.fit(x, scale=2.0)], (0.9, 0.1))
 
 
-def toy_nll(toy: str, formula: str, lr: float, seed: int, steps: int, noise: int | None = None) -> float:
+def gaussian_noise(x: Tensor) -> GaussianNoise:
+    """A Gaussian of twice the data's width."""
+    return GaussianNoise.fit(x, scale=2.0)
+
+
+NOISES: dict[str, Callable[[Tensor], Any]] = {"kernel": covering_noise, "Gaussian": gaussian_noise}
+
+
+def toy_nll(
+    toy: str, formula: str, lr: float, seed: int, steps: int, n_noise: int | None = None,
+    noise: Callable[[Tensor], Any] = covering_noise,
+) -> float:  # fmt: skip
     """Train an energy on a toy, and return the held-out negative log-likelihood by quadrature."""
     x = toy_data(toy, seed)
     train, held = x[:2000], x[2000:]
     model = EnergyNet(2, derive(seed, "weights"))
-    fit(
-        model, formula, {"input": train}, readout=Unnormalized(covering_noise(train), n_noise=noise), solver="adam", lr=lr, steps=steps,
-        batch_size=128, seed=seed, device="cpu", log_every=steps,
-    )  # fmt: skip
+    _train(model, formula, train, Unnormalized(noise(train), n_noise=n_noise), lr, seed, steps)
     corner = torch.full((2,), 5.0)
     return heldout_nll(model, held, quadrature_log_normalizer(model, -corner, corner, 150))
 
 
-def digit_detection(formula: str, seed: int, steps: int) -> float:
-    """Train an energy on the digits 0 to 4, and return the area under the curve of log p~ against the digits 5 to 9."""
+def digits(formula: str, lr: float, seed: int, steps: int) -> tuple[float, float]:
+    """Train an energy on the digits 0 to 4: its held-out nats by samples, and the area under the curve of log p~ against the digits 5 to 9."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -305,13 +329,18 @@ def digit_detection(formula: str, seed: int, steps: int) -> float:
     directions = torch.linalg.svd(train - train.mean(0), full_matrices=False)[2][:10].T
     scale = ((train - train.mean(0)) @ directions).std()
     train, held, foreign = ((v - train.mean(0)) @ directions / scale for v in (train, held, foreign))
-    model = EnergyNet(10, derive(seed, "weights"))
+    model, noise = EnergyNet(10, derive(seed, "weights")), covering_noise(train)
+    _train(model, formula, train, Unnormalized(noise), lr, seed, steps)
+    with torch.no_grad(), random_numbers(derive(seed, "normaliser")):
+        nats = heldout_nll(model, held, importance_log_normalizer(model, noise, 20_000))
+        return nats, auroc(model(held), model(foreign))
+
+
+def _train(model: nn.Module, formula: str, x: Tensor, readout: Unnormalized, lr: float, seed: int, steps: int) -> None:
     fit(
-        model, formula, {"input": train}, readout=Unnormalized(covering_noise(train)), solver="adam", lr=3e-3, steps=steps, batch_size=128,
-        seed=seed, device="cpu", log_every=steps,
+        model, formula, {"input": x}, readout=readout, solver="adam", lr=lr, lr_schedule=cosine(1, 0), steps=steps, batch_size=128, seed=seed,
+        device="cpu", log_every=steps,
     )  # fmt: skip
-    with torch.no_grad():
-        return auroc(model(held), model(foreign))
 
 
 CLAIM = Claim(
@@ -323,11 +352,11 @@ CLAIM = Claim(
     expected=(
         "On a Gaussian's mean the likelihood needs at most 30 steps at every distance, NCE over 100 times as many at R = 8; by samples MECO is "
         "within 5 % and sooner; its held-out likelihood on moons and rings is not below NCE's, its area under the curve at most 0.01 lower; "
-        "averaging gains with 16 points of noise."
+        "averaging gains with 16 points of noise, close or not."
     ),
     falsified=(
         "NCE's likelihood is better on average on a toy, or by more than 0.02 nats in most seeds; it detects foreign digits better by more "
-        "than 0.01; or no averaging is as good with 16 points of noise."
+        "than 0.01; or no averaging is as good with 16 points of either noise."
     ),
     run=run,
 )
