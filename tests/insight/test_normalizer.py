@@ -60,14 +60,27 @@ def test_a_wider_noise_that_covers_the_model_beats_a_narrow_one() -> None:
     def unit(z: Tensor) -> Tensor:
         return -0.5 * z.square().sum(-1)
 
-    rows = noise_report(unit, {"kde": KDENoise.fit(x), "narrow": GaussianNoise(torch.zeros(2), 0.4), "far": GaussianNoise(torch.full((2,), 3.0), 1.0)})
+    rows = noise_report(
+        unit,
+        {
+            "kde": KDENoise.fit(x),
+            "narrow": GaussianNoise(torch.zeros(2), 0.4),
+            "far": GaussianNoise(torch.full((2,), 3.0), 1.0),
+        },
+    )
     assert rows[0].name == "kde"
     assert rows[0].log_normalizer == pytest.approx(math.log(2 * math.pi), abs=5 * rows[0].error)
 
 
 def test_an_objective_without_a_normaliser_is_named() -> None:
     with pytest.raises(InputError, match="NormalizerTrace: one term with a normaliser"):
-        poise.fit(nn.Linear(2, 2), "cross_entropy", (torch.randn(8, 2), torch.zeros(8).long()), steps=1, callbacks=[NormalizerTrace()])
+        poise.fit(
+            nn.Linear(2, 2),
+            "cross_entropy",
+            (torch.randn(8, 2), torch.zeros(8).long()),
+            steps=1,
+            callbacks=[NormalizerTrace()],
+        )
     with pytest.raises(InputError, match="nothing is recorded"):
         NormalizerTrace().report()
     with pytest.raises(InputError, match="every is a number of steps"):

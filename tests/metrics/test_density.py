@@ -59,7 +59,9 @@ def test_annealing_finds_what_plain_importance_sampling_misses() -> None:
 def test_a_heldout_likelihood_is_the_mean_energy_and_the_normaliser() -> None:
     x = torch.tensor([[0.0], [2.0]])
     found = quadrature_log_normalizer(lambda z: -0.5 * z[:, 0] ** 2, torch.full((1,), -9.0), torch.full((1,), 9.0))
-    assert heldout_nll(lambda z: -0.5 * z[:, 0] ** 2, x, found) == pytest.approx(1 + 0.5 * math.log(2 * math.pi), abs=1e-5)
+    assert heldout_nll(lambda z: -0.5 * z[:, 0] ** 2, x, found) == pytest.approx(
+        1 + 0.5 * math.log(2 * math.pi), abs=1e-5
+    )
 
 
 def test_a_divergence_on_a_grid_does_not_see_constants() -> None:

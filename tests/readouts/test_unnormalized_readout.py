@@ -44,7 +44,12 @@ def problem(formula: str, model: nn.Module, **options: Any) -> Problem:
 
 @pytest.mark.parametrize(
     ("formula", "passes", "points"),
-    [("unnormalized_nll", 1, 48), ("nce", 1, 48), ("unnormalized_nll + nce + 0.1*energy_l2", 1, 48), ("short_run_langevin(steps=20)", 22, 16 + 21 * 32)],
+    [
+        ("unnormalized_nll", 1, 48),
+        ("nce", 1, 48),
+        ("unnormalized_nll + nce + 0.1*energy_l2", 1, 48),
+        ("short_run_langevin(steps=20)", 22, 16 + 21 * 32),
+    ],
 )
 def test_a_step_costs_the_passes_that_it_says(formula: str, passes: int, points: int) -> None:
     model = Counted()
@@ -87,7 +92,9 @@ def test_noise_that_does_not_fit_is_named() -> None:
         Unnormalized(GaussianNoise(torch.zeros(2), 1.0), n_noise=0)
     with pytest.raises(InputError, match="ratio"):
         Unnormalized(GaussianNoise(torch.zeros(2), 1.0), ratio=0.0)
-    wrong = Problem(Counted(), poise.parse("nce"), [{"main": {"input": X}}], Unnormalized(GaussianNoise(torch.zeros(3), 1.0)))
+    wrong = Problem(
+        Counted(), poise.parse("nce"), [{"main": {"input": X}}], Unnormalized(GaussianNoise(torch.zeros(3), 1.0))
+    )
     with pytest.raises(IncompatibleError, match=r"form of the data.*\[1, 2\].*\[16, 3\]"):
         wrong.gradient()
 
@@ -95,7 +102,9 @@ def test_noise_that_does_not_fit_is_named() -> None:
         def log_prob(self, x: Tensor) -> Tensor:
             return -0.5 * x.square()
 
-    unsummed = Problem(Counted(), poise.parse("nce"), [{"main": {"input": X}}], Unnormalized(Unsummed(torch.zeros(2), 1.0)))
+    unsummed = Problem(
+        Counted(), poise.parse("nce"), [{"main": {"input": X}}], Unnormalized(Unsummed(torch.zeros(2), 1.0))
+    )
     with pytest.raises(IncompatibleError, match="as_noise"):
         unsummed.gradient()
 
@@ -115,7 +124,9 @@ def test_arguments_of_the_chain_out_of_range_are_named(argument: str) -> None:
         poise.parse(f"short_run_langevin({argument})")
 
 
-@pytest.mark.parametrize("formula", ["unnormalized_nll(gamma=0.3)", "nce", "short_run_langevin(step=0.2) + 0.001*energy_l2"])
+@pytest.mark.parametrize(
+    "formula", ["unnormalized_nll(gamma=0.3)", "nce", "short_run_langevin(step=0.2) + 0.001*energy_l2"]
+)
 def test_every_way_learns_real_digits(formula: str) -> None:
     """Densities of 8 x 8 digits in ten principal directions: images that were held out are likelier than under the noise."""
     from sklearn.datasets import load_digits
@@ -137,7 +148,16 @@ def test_every_way_learns_real_digits(formula: str) -> None:
 
     model = Energy()
     noise = KDENoise.fit(x[:1500], scale=2.0)
-    poise.fit(model, formula, {"input": x[:1500]}, readout=Unnormalized(noise), solver="adam", lr=3e-3, steps=200, device="cpu")
+    poise.fit(
+        model,
+        formula,
+        {"input": x[:1500]},
+        readout=Unnormalized(noise),
+        solver="adam",
+        lr=3e-3,
+        steps=200,
+        device="cpu",
+    )
     # Better than the noise itself, which knows the training images.
     nll = heldout_nll(model, x[1500:], importance_log_normalizer(model, noise, 20_000))
     assert nll < -float(noise.log_prob(x[1500:]).mean()) - 0.5

@@ -111,11 +111,25 @@ def test_without_randomness_variance_reduction_is_gradient_descent() -> None:
     grid = GridNoise(torch.tensor([-6.0]).double(), torch.tensor([6.0]).double(), 200)
     made = {}
     for name, formula, solver in (
-        ("reduced", "unnormalized_nll(gamma=0.2, variance_reduction=True)", "compositional(grad_momentum=0.2, variance_reduction=True)"),
+        (
+            "reduced",
+            "unnormalized_nll(gamma=0.2, variance_reduction=True)",
+            "compositional(grad_momentum=0.2, variance_reduction=True)",
+        ),
         ("descent", "unnormalized_nll(gamma=1.0)", "compositional(grad_momentum=1.0)"),
     ):
         model = Line()
-        poise.fit(model, formula, {"input": data()}, readout=Unnormalized(grid), solver=solver, lr=0.1, steps=20, batch_size=32, device="cpu")
+        poise.fit(
+            model,
+            formula,
+            {"input": data()},
+            readout=Unnormalized(grid),
+            solver=solver,
+            lr=0.1,
+            steps=20,
+            batch_size=32,
+            device="cpu",
+        )
         made[name] = model.theta.detach()
     torch.testing.assert_close(made["reduced"], made["descent"], rtol=1e-10, atol=1e-12)
 
@@ -272,7 +286,10 @@ def test_a_bound_optimizer_is_refused() -> None:
 
 
 def test_the_name_is_known_to_text() -> None:
-    assert repr(as_solver("compositional(optimizer='adam')", lr=1e-3)) == "compositional(adam(lr=0.001), grad_momentum=0.1)"
+    assert (
+        repr(as_solver("compositional(optimizer='adam')", lr=1e-3))
+        == "compositional(adam(lr=0.001), grad_momentum=0.1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -305,7 +322,14 @@ def test_a_function_of_means_refuses_micro_batches() -> None:
 
     with pytest.raises(IncompatibleError, match="accumulate=1"):
         poise.fit(
-            Line(), "function_of_means", {"input": data()}, readout=Inner(), steps=1, batch_size=32, accumulate=2, device="cpu"
+            Line(),
+            "function_of_means",
+            {"input": data()},
+            readout=Inner(),
+            steps=1,
+            batch_size=32,
+            accumulate=2,
+            device="cpu",
         )
 
 
@@ -313,5 +337,10 @@ def test_variance_reduction_without_its_solver_says_what_is_missing() -> None:
     x = data()
     with pytest.raises(QuantityError, match="previous_drawn_log_density"):
         poise.fit(
-            Line(), "unnormalized_nll(variance_reduction=True)", {"input": x}, readout=Unnormalized(KDENoise.fit(x)), steps=1, device="cpu"
+            Line(),
+            "unnormalized_nll(variance_reduction=True)",
+            {"input": x},
+            readout=Unnormalized(KDENoise.fit(x)),
+            steps=1,
+            device="cpu",
         )

@@ -164,7 +164,17 @@ def test_the_learned_constant_of_nce_is_the_normaliser_of_a_gaussian() -> None:
     model, term = Location(), NCE()
     noise = GaussianNoise.fit(x, scale=1.5)
     made = objective(term)
-    poise.fit(model, made, {"input": x}, readout=Unnormalized(noise), solver="adam", lr=0.02, steps=1200, batch_size=500, device="cpu")
+    poise.fit(
+        model,
+        made,
+        {"input": x},
+        readout=Unnormalized(noise),
+        solver="adam",
+        lr=0.02,
+        steps=1200,
+        batch_size=500,
+        device="cpu",
+    )
     assert model.theta.item() == pytest.approx(float(x.mean()), abs=0.05)
     assert term.log_normalizer.item() == pytest.approx(0.5 * math.log(2 * math.pi), abs=0.05)
 
@@ -220,7 +230,15 @@ def test_use_then_update_decomposes_over_micro_batches() -> None:
         model = Energy().double()
         made = poise.parse("unnormalized_nll(gamma=0.3, ahead=False)")
         run = poise.fit(
-            model, made, {"input": x}, readout=Unnormalized(points), lr=0.05, steps=5, batch_size=20, accumulate=accumulate, device="cpu"
+            model,
+            made,
+            {"input": x},
+            readout=Unnormalized(points),
+            lr=0.05,
+            steps=5,
+            batch_size=20,
+            accumulate=accumulate,
+            device="cpu",
         )
         found.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
     torch.testing.assert_close(found[0], found[1])
@@ -243,7 +261,11 @@ def test_shifting_the_energy_and_the_average_alike_changes_nothing() -> None:
 
     def weights() -> Tensor:
         again = quantities(model, x, z + 0.3, noise)
-        out: Tensor = term(again["log_density"], again["drawn_log_density"], again["drawn_log_noise"]).extras["noise_weights"].detach()
+        out: Tensor = (
+            term(again["log_density"], again["drawn_log_density"], again["drawn_log_noise"])
+            .extras["noise_weights"]
+            .detach()
+        )
         return out
 
     before = weights()
@@ -373,11 +395,17 @@ def look() -> list[float]:
 
     term = UnnormalizedNLL(gamma=0.5)
     made = objective(term)
-    mean = torch.tensor([[2.0, 6.0, 4.0], [10.0, 0.0, 0.0]][processes.rank()][: 3 - 2 * processes.rank()], requires_grad=True)
+    mean = torch.tensor(
+        [[2.0, 6.0, 4.0], [10.0, 0.0, 0.0]][processes.rank()][: 3 - 2 * processes.rank()], requires_grad=True
+    )
     value = term(torch.zeros(1, requires_grad=True), mean.log(), torch.zeros(len(mean)))
     optimizer = torch.optim.SGD([mean], lr=0.0)
     made.follow(optimizer)
-    made(log_density=torch.zeros(1, requires_grad=True) + 0 * mean[0], drawn_log_density=mean.log(), drawn_log_noise=torch.zeros(len(mean))).backward()
+    made(
+        log_density=torch.zeros(1, requires_grad=True) + 0 * mean[0],
+        drawn_log_density=mean.log(),
+        drawn_log_noise=torch.zeros(len(mean)),
+    ).backward()
     optimizer.step()
     return [float(value.extras["log_normalizer"]), float(term.log_normalizer)]
 
@@ -421,8 +449,12 @@ def test_noise_where_the_model_has_no_mass_is_named() -> None:
 
 
 def test_a_column_in_the_place_of_a_vector_is_named() -> None:
-    with pytest.raises(QuantityError, match=r"unnormalized_nll reads 'log_density' as float \[batch\].*float32 \[4, 1\]"):
-        objective(UnnormalizedNLL())(log_density=torch.zeros(4, 1), drawn_log_density=torch.zeros(4), drawn_log_noise=torch.zeros(4))
+    with pytest.raises(
+        QuantityError, match=r"unnormalized_nll reads 'log_density' as float \[batch\].*float32 \[4, 1\]"
+    ):
+        objective(UnnormalizedNLL())(
+            log_density=torch.zeros(4, 1), drawn_log_density=torch.zeros(4), drawn_log_noise=torch.zeros(4)
+        )
 
 
 def test_a_hundred_steps_on_two_points_warn_and_name_the_noise() -> None:
@@ -439,8 +471,8 @@ def test_the_warning_of_a_run_names_its_noise() -> None:
     x = torch.randn(64, 1) * 0.01 + 1000.0
     with pytest.warns(PoiseWarning, match=r"fewer than 2 points of the noise GaussianNoise\(1\)"):
         poise.fit(
-            Location(1000.0), "unnormalized_nll", {"input": x}, readout=Unnormalized(GaussianNoise(torch.zeros(1), 1.0)), steps=120, lr=1e-6,
-            device="cpu",
+            Location(1000.0), "unnormalized_nll", {"input": x}, readout=Unnormalized(GaussianNoise(torch.zeros(1), 1.0)), steps=120,
+            lr=1e-6, device="cpu",
         )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Does the noise meet the model? The normaliser's trace over a run, and the effective sample size of a noise.
 
-    trace = NormalizerTrace()
-    poise.fit(model, "unnormalized_nll", data, readout=Unnormalized(noise), callbacks=[trace])
-    print(trace.report().text())
-    noise_report(model, {"kde": KDENoise.fit(x), "gaussian": GaussianNoise.fit(x)})      # before a run: which noise?
+trace = NormalizerTrace()
+poise.fit(model, "unnormalized_nll", data, readout=Unnormalized(noise), callbacks=[trace])
+print(trace.report().text())
+noise_report(model, {"kde": KDENoise.fit(x), "gaussian": GaussianNoise.fit(x)})      # before a run: which noise?
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poise.errors import InputError
@@ -48,25 +47,33 @@ class NormalizerReport:
         sums = [w for w in self.weight_sum[half:] if math.isfinite(w)]
         if ess and median(ess) < 2:
             found.append(
-                f"the effective sample size of the noise is {median(ess):.1f} in the later half: fit the noise to the data, or make it wider"
+                f"the effective sample size of the noise is {median(ess):.1f} in the later half: fit the noise to the data, or widen it"
             )
         elif ess and self.drawn and median(ess) < 0.05 * self.drawn:
-            found.append(f"only {median(ess):.0f} of {self.drawn} points of the noise count: a closer noise would give more for the same cost")
+            found.append(
+                f"only {median(ess):.0f} of {self.drawn} points of the noise count: a closer noise would give more for the same cost"
+            )
         if sums and max(sums) > 3:
-            found.append(f"g/u rose to {max(sums):.1f}: u lags behind the model; raise gamma or lower the learning rate")
+            found.append(
+                f"g/u rose to {max(sums):.1f}: u lags behind the model; raise gamma or lower the learning rate"
+            )
         if sums and abs(fmean(sums) - 1) > 0.1:
-            found.append(f"g/u is {fmean(sums):.2f} on average in the later half, where 1 is expected: the normaliser still moves")
+            found.append(
+                f"g/u is {fmean(sums):.2f} on average in the later half, where 1 is expected: the normaliser still moves"
+            )
         drift = self.log_normalizer[-1] - self.log_normalizer[half] if self.steps else 0.0
         if abs(drift) > 5:
-            found.append(f"log u drifted by {drift:+.1f} in the later half: take the bias out of the model's output, or use recenter")
+            found.append(
+                f"log u drifted by {drift:+.1f} in the later half: take the bias out of the model's output, or use recenter"
+            )
         return found
 
     def text(self) -> str:
         """Print first, middle and last entries, and the warnings."""
-        lines = ["  step      log u       ESS       g/u"]
-        for i in sorted({0, len(self.steps) // 2, len(self.steps) - 1}):
-            lines.append(f"{self.steps[i]:>6} {self.log_normalizer[i]:>10.4f} {self.ess[i]:>9.1f} {self.weight_sum[i]:>9.3f}")
-        return "\n".join([*lines, *(f"! {w}" for w in self.warnings())])
+        rows = zip(self.steps, self.log_normalizer, self.ess, self.weight_sum, strict=True)
+        lines = [f"{step:>6} {log_u:>10.4f} {ess:>9.1f} {total:>9.3f}" for step, log_u, ess, total in rows]
+        shown = [lines[i] for i in sorted({0, len(lines) // 2, len(lines) - 1})]
+        return "\n".join(["  step      log u       ESS       g/u", *shown, *(f"! {w}" for w in self.warnings())])
 
 
 class NormalizerTrace:
@@ -142,7 +149,9 @@ class NoiseRow:
     chi_square: float
 
 
-def noise_report(log_density: Callable[[Tensor], Tensor], noises: Mapping[str, Any], samples: int = 20_000) -> list[NoiseRow]:
+def noise_report(
+    log_density: Callable[[Tensor], Tensor], noises: Mapping[str, Any], samples: int = 20_000
+) -> list[NoiseRow]:
     """Compare noises on a model, the best first.
 
     Args:

@@ -9,6 +9,7 @@ A log-normaliser from samples is too small in expectation (Jensen), so a likelih
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def quadrature_kl(log_p: LogDensity, log_q: LogDensity, low: Tensor, high: Tenso
 
 
 @torch.no_grad()
-def importance_log_normalizer(log_density: LogDensity, noise: Any, samples: int = 100_000, chunk: int = 10_000) -> LogNormalizer:
+def importance_log_normalizer(
+    log_density: LogDensity, noise: Any, samples: int = 100_000, chunk: int = 10_000
+) -> LogNormalizer:
     """Estimate log Z = log E_q[p~/q] by fresh samples of the noise.
 
     Args:
@@ -129,14 +132,22 @@ def ais_log_normalizer(
     betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64).tolist()
     log_w = torch.zeros(chains, dtype=torch.float64, device=x.device)
     accepted = 0.0
-    for before, beta in zip(betas[:-1], betas[1:], strict=True):
+    for before, beta in itertools.pairwise(betas):
         with torch.no_grad():
             log_w += (beta - before) * (log_density(x) - noise.log_prob(x)).double()
-        x, share = _hamiltonian_move(lambda p, b=beta: b * log_density(p) + (1 - b) * noise.log_prob(p), x, size, leapfrogs)  # type: ignore[misc]
+        x, share = _hamiltonian_move(_between(log_density, noise, beta), x, size, leapfrogs)
         size *= 1.03 if share > 0.65 else 0.97
         accepted += share / temperatures
     found = _summary(log_w, "annealed importance")
     return LogNormalizer(found.value, found.error, found.ess, found.method, accepted)
+
+
+def _between(log_density: LogDensity, noise: Any, beta: float) -> LogDensity:
+    def log_p(x: Tensor) -> Tensor:
+        mixed: Tensor = beta * log_density(x) + (1 - beta) * noise.log_prob(x)
+        return mixed
+
+    return log_p
 
 
 def _hamiltonian_move(log_p: LogDensity, x: Tensor, size: float, leapfrogs: int) -> tuple[Tensor, float]:
@@ -183,7 +194,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     """
     if not (len(inside) and len(outside)):
         raise InputError("auroc: both sides need at least one score.")
-    both, place, count = torch.cat([inside, outside]).double().unique(return_inverse=True, return_counts=True)
+    both, place, count = torch.unique(torch.cat([inside, outside]).double(), return_inverse=True, return_counts=True)
     if bool(torch.isnan(both).any()):
         raise InputError("auroc: a score is NaN, and its rank is not defined.")
     # The middle rank of every distinct score.
@@ -201,4 +212,4 @@ def _summary(log_w: Tensor, method: str) -> LogNormalizer:
 
 
 def _in_chunks(log_density: LogDensity, points: Tensor, chunk: int = 20_000) -> Tensor:
-    return torch.cat([log_density(part) for part in points.split(chunk)])
+    return torch.cat([log_density(part) for part in torch.split(points, chunk)])

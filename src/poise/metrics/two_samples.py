@@ -26,7 +26,9 @@ def mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None = None) -> floa
     """
     x, y = (v.flatten(1).double() for v in (x, y))
     if len(x) < 2 or len(y) < 2 or x.shape[1] != y.shape[1]:
-        raise InputError(f"mmd: two samples of at least two points of one form; got {list(x.shape)} and {list(y.shape)}.")
+        raise InputError(
+            f"mmd: two samples of at least two points of one form; got {list(x.shape)} and {list(y.shape)}."
+        )
     squares = torch.cdist(torch.cat([x, y]), torch.cat([x, y]), compute_mode="donot_use_mm_for_euclid_dist").square()
     if bandwidths is None:
         upper = torch.triu_indices(len(squares), len(squares), 1)
@@ -85,4 +87,4 @@ class FrechetDistance:
 
     @torch.no_grad()
     def _of(self, images: Tensor) -> Tensor:
-        return torch.cat([self.features(part).flatten(1) for part in images.split(self.chunk)])
+        return torch.cat([self.features(part).flatten(1) for part in torch.split(images, self.chunk)])

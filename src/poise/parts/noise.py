@@ -1,7 +1,7 @@
 """Distributions to draw from and to weigh by: the noise of `unnormalized_nll` and `nce`.
 
-A noise has `sample(n)` and `log_prob(x)`. It must reach wherever the model puts mass, and it should be little wider: the relative variance of
-p~/q under q is chi^2(p || q), which is exp(theta^2) - 1 already for two unit Gaussians at distance theta. So fit it to the data:
+A noise has `sample(n)` and `log_prob(x)`. It must reach wherever the model puts mass, and it should be little wider: the relative variance
+of p~/q under q is chi^2(p || q), which is exp(theta^2) - 1 already for two unit Gaussians at distance theta. So fit it to the data:
 
     noise = KDENoise.fit(data)                     # or GaussianNoise.fit, FullGaussianNoise.fit, BoxNoise.fit, MixtureNoise.fit
     noise = MixedNoise([KDENoise.fit(data), GaussianNoise.fit(data, scale=2.0)], (0.9, 0.1))     # with a tail for safety
@@ -85,7 +85,9 @@ class GaussianNoise(_Noise):
         super().__init__()
         std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device).expand_as(mean).clone()
         if not bool((std > 0).all()):
-            raise InputError(f"GaussianNoise: standard deviations are positive; the smallest is {float(std.min()):.4g}.")
+            raise InputError(
+                f"GaussianNoise: standard deviations are positive; the smallest is {float(std.min()):.4g}."
+            )
         self.shape = tuple(mean.shape)
         self.register_buffer("mean", mean.flatten().clone())
         self.register_buffer("std", std.flatten())
@@ -160,7 +162,8 @@ class FullGaussianNoise(_Noise):
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log q, [n]."""
         z = torch.linalg.solve_triangular(self.factor, (self._flat(x) - self.mean).T, upper=False)
-        return -0.5 * z.square().sum(0) - self.factor.diagonal().log().sum() - 0.5 * len(self.mean) * _LOG_2PI
+        log_q: Tensor = -0.5 * z.square().sum(0) - self.factor.diagonal().log().sum() - 0.5 * len(self.mean) * _LOG_2PI
+        return log_q
 
 
 class MixtureNoise(_Noise):
@@ -208,7 +211,9 @@ class MixtureNoise(_Noise):
         _need("MixtureNoise", data)
         from sklearn.mixture import GaussianMixture
 
-        found = GaussianMixture(components, covariance_type="diag", random_state=seed).fit(data.flatten(1).cpu().numpy())
+        found = GaussianMixture(components, covariance_type="diag", random_state=seed).fit(
+            data.flatten(1).cpu().numpy()
+        )
         centres, variances, weights = (
             torch.as_tensor(v).to(data) for v in (found.means_, found.covariances_, found.weights_)
         )
@@ -282,7 +287,9 @@ class BoxNoise(_Noise):
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
         if low.shape != high.shape or not bool((low < high).all()):
-            raise InputError("BoxNoise: low and high are the corners of a box, of one form, with low below high everywhere.")
+            raise InputError(
+                "BoxNoise: low and high are the corners of a box, of one form, with low below high everywhere."
+            )
         self.shape = tuple(low.shape)
         self.register_buffer("low", low.flatten().clone())
         self.register_buffer("high", high.flatten().clone())
@@ -360,7 +367,8 @@ class MixedNoise(_Noise):
         weights = [1.0] * len(parts) if weights is None else list(weights)
         if not parts or len(weights) != len(parts) or not all(w > 0 for w in weights):
             raise InputError(f"MixedNoise: one positive weight for each of the {len(parts)} noises; got {weights}.")
-        self.parts = nn.ModuleList([as_noise(part) for part in parts])
+        self.parts: list[Any] = [as_noise(part) for part in parts]
+        self.held = nn.ModuleList(self.parts)
         self.weights = [w / sum(weights) for w in weights]
 
     def sample(self, n: int) -> Tensor:
@@ -394,7 +402,9 @@ class FlowNoise(_Noise):
         super().__init__()
         for method in ("sample", "log_prob"):
             if not callable(getattr(flow, method, None)):
-                raise InputError(f"FlowNoise: the flow needs sample(n) and log_prob(x), and {type(flow).__name__} has no {method}.")
+                raise InputError(
+                    f"FlowNoise: the flow needs sample(n) and log_prob(x), and {type(flow).__name__} has no {method}."
+                )
         self.flow, self.name = flow, name or type(flow).__name__
 
     def sample(self, n: int) -> Tensor:
@@ -428,7 +438,7 @@ class _TorchNoise(_Noise):
         return drawn
 
     def log_prob(self, x: Tensor) -> Tensor:
-        found: Tensor = self.distribution.log_prob(x)  # type: ignore[no-untyped-call]
+        found: Tensor = self.distribution.log_prob(x)
         return found.flatten(1).sum(1) if found.ndim > 1 else found
 
     def __repr__(self) -> str:
@@ -451,6 +461,8 @@ def as_noise(source: Any) -> nn.Module:
 
 def _need(name: str, data: Tensor) -> None:
     if data.ndim < 2 or len(data) < 2 or not data.is_floating_point():
-        raise InputError(f"{name}.fit: data are float [examples, ...] with at least two examples; got {data.dtype} {list(data.shape)}.")
+        raise InputError(
+            f"{name}.fit: data are float [examples, ...] with at least two examples; got {data.dtype} {list(data.shape)}."
+        )
     if not bool(torch.isfinite(data).all()):
         raise InputError(f"{name}.fit: the data have values that are not finite.")

@@ -88,7 +88,9 @@ class Compositional(TorchOptimizer):
             raise InputError("compositional: optimizer is a name or a class; it is made when the model is known.")
         for name, share in (("inner_momentum", inner_momentum), ("grad_momentum", grad_momentum)):
             if share is not None and not 0 < share <= 1:
-                raise InputError(f"compositional: {name} is the share of the new batch in an average, in (0, 1]; got {share}.")
+                raise InputError(
+                    f"compositional: {name} is the share of the new batch in an average, in (0, 1]; got {share}."
+                )
         if stage_steps is not None and stage_steps < 1:
             raise InputError(f"compositional: stage_steps is a number of steps, at least 1; got {stage_steps}.")
         if not 0 < stage_factor <= 1 or not stage_growth >= 1:
@@ -213,7 +215,12 @@ class Compositional(TorchOptimizer):
         return Certificate(history[-1], residual, tolerance, "gradient norm", done, status, history=tuple(history))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": super().state_dict(), "steps": self.steps, "averaged": self.averaged, "before": self.before}
+        return {
+            "optimizer": super().state_dict(),
+            "steps": self.steps,
+            "averaged": self.averaged,
+            "before": self.before,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state["optimizer"])
@@ -225,7 +232,9 @@ class Compositional(TorchOptimizer):
         own += [f"inner_momentum={self.inner_momentum}"] if self.inner_momentum is not None else []
         own += ["variance_reduction=True"] if self.variance_reduction else []
         if self.stage_steps is not None:
-            own += [f"stage_steps={self.stage_steps}, stage_factor={self.stage_factor}, stage_growth={self.stage_growth}"]
+            own += [
+                f"stage_steps={self.stage_steps}, stage_factor={self.stage_factor}, stage_growth={self.stage_growth}"
+            ]
         return f"compositional({super().__repr__()}, {', '.join(own)})"
 
 

@@ -51,9 +51,7 @@ class ShortRunLangevin(Term):
     stochastic = True
     bounded_below = False
 
-    def __init__(
-        self, steps: int = 20, step: float = 0.1, temperature: float = 1.0, clip: float | None = None
-    ) -> None:
+    def __init__(self, steps: int = 20, step: float = 0.1, temperature: float = 1.0, clip: float | None = None) -> None:
         super().__init__()
         if steps < 1:
             raise InputError(f"short_run_langevin: steps is a number of moves, at least 1; got {steps}.")

@@ -44,18 +44,19 @@ class UnnormalizedNLL(Term):
     -log p~(x) + log u,   u <- (1 - gamma) u + gamma g,   g = mean_j r_j,   r_j = p~(z_j)/q(z_j),   z_j ~ q
 
     The gradient is that of -log p~(x) + sum_j c_j log p~(z_j) with the weights c_j = r_j/(m u) held constant. All of it is in log space.
-    Their sum g/u is not 1 but for gamma=1, which is self-normalised importance sampling with its bias of order 1/m; it never exceeds 1/gamma.
+    Their sum g/u is 1 only for gamma=1, which is self-normalised importance sampling with its bias of order 1/m; it never exceeds
+    1/gamma.
     `u` is updated first and used then: `forward` looks ahead, `advance` stores it, once an optimiser step. The value is the tracker's: a
-    final likelihood is measured by `poise.metrics.density`. A constant in log p~ changes no gradient as long as `u` follows it; the output's
-    bias still drifts, so leave it out, or call `recenter`.
+    final likelihood is measured by `poise.metrics.density`. A constant in log p~ changes no gradient as long as `u` follows it; the
+    output's bias still drifts, so leave it out, or call `recenter`.
 
     Args:
         gamma: share of the new batch in u, in (0, 1]; towards 1 where the model moves fast, lower for small batches of noise.
         variance_reduction: follow the parameters without lag, u <- (1 - gamma)(u - g at the last parameters) + g. Reads
             `previous_drawn_log_density`, which `poise.solvers.Compositional(variance_reduction=True)` offers.
         clip: largest r_j/u that counts in the gradient; `clipped` says how many were cut. None cuts none, as in the paper.
-        ahead: update, then use, as in the paper. False uses the u of the step before, so that a step decomposes over micro-batches; only the
-            very first step takes the mean of its own batch.
+        ahead: update, then use, as in the paper. False uses the u of the step before, so that a step decomposes over micro-batches; only
+            the very first step takes the mean of its own batch.
 
     Reads: `log_density` float [batch], log p~ of the data; `drawn_log_density` and `drawn_log_noise` float [drawn], log p~ and log q of
         points that were drawn from q.
@@ -309,11 +310,11 @@ def _explain(log_density: Tensor, log_noise: Tensor, name: str) -> None:
     outside = int(torch.isneginf(log_noise).sum())
     if outside:
         raise QuantityError(
-            f"{name}: drawn_log_noise is -inf at {outside} of {len(log_noise)} points that the noise itself drew: its log_prob and its sample "
-            "do not belong to one distribution. Correct log_prob, or the support."
+            f"{name}: drawn_log_noise is -inf at {outside} of {len(log_noise)} points that the noise itself drew: its log_prob and its "
+            "sample do not belong to one distribution. Correct log_prob, or the support."
         )
     if bool(torch.isneginf(log_density).all()):
         raise QuantityError(
-            f"{name}: drawn_log_density is -inf at all {len(log_density)} points of the noise: the model gives no mass where the noise is, so its "
-            "normaliser cannot be seen. Fit the noise to the data, or give the model wider support."
+            f"{name}: drawn_log_density is -inf at all {len(log_density)} points of the noise: the model gives no mass where the noise is, "
+            "so its normaliser cannot be seen. Fit the noise to the data, or give the model wider support."
         )
