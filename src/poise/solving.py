@@ -190,7 +190,7 @@ def solve_path(
     inner = problem.penalty
     if inner.penalty is None and inner.ridge == 0:
         raise IncompatibleError("The formula has no penalty, so there is no weight to vary along a path.")
-    if inner.penalty is not None and not math.isfinite(float(inner.penalty.value(problem.zeros()[0] + 0.123))):
+    if inner.penalty is not None and inner.penalty.is_set:
         raise IncompatibleError(
             f"{type(inner.penalty).__name__} is a set, which no weight changes, so there is no path."
         )
