@@ -71,7 +71,7 @@ class Unnormalized:
             if not apart:
                 points = [x, batch["drawn"]] if "drawn_log_density" in reads else [x]
                 found = self.log_density(model, torch.cat(points) if len(points) > 1 else x)
-                apart.extend(found.split([len(p) for p in points]))
+                apart.extend(torch.split(found, [len(p) for p in points]))
             return apart
 
         batch.offer("drawn", lambda: self.draw(x))

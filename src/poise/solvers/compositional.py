@@ -319,4 +319,5 @@ def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
 
 
 def _norm(gradient: Mapping[str, Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+    return norm

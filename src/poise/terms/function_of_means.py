@@ -86,7 +86,9 @@ class FunctionOfMeans(Term):
     ) -> None:
         super().__init__()
         self.functions, self.weights = functions, weights
-        each = list(functions) if isinstance(functions, list | tuple) else [functions]
+        each: list[str | Function] = (
+            [functions] if isinstance(functions, str) or callable(functions) else list(functions)
+        )
         if not each:
             raise InputError("function_of_means: functions is empty; give one for each column of 'inner'.")
         for f in each:
