@@ -17,8 +17,13 @@ def good() -> Measured:
         (p, n): [2.0 + 0.05 * (n == "gamma 1")] * 5 for p in ("kernel", "Gaussian") for n in ("gamma 0.1", "gamma 1")
     }
     return Measured(
-        landscape, {"MECO": [0.01] * 3, "NCE": [0.01] * 3}, {"MECO": [50] * 3, "NCE": [100] * 3}, nll, {"MECO": [0.9] * 3, "NCE": [0.9] * 3}, few
-    )  # fmt: skip
+        landscape,
+        {"MECO": [0.01] * 3, "NCE": [0.01] * 3},
+        {"MECO": [50] * 3, "NCE": [100] * 3},
+        nll,
+        {"MECO": [0.9] * 3, "NCE": [0.9] * 3},
+        few,
+    )
 
 
 def worse(few: bool = False, toy: bool = False, **changes: Any) -> Measured:

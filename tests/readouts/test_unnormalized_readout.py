@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import poise
 from poise.errors import IncompatibleError, InputError
 from poise.metrics.density import heldout_nll, importance_log_normalizer
+from poise.metrics.two_samples import FrechetDistance
 from poise.parts.noise import GaussianNoise, KDENoise
 from poise.problem import Problem
 from poise.readouts import Unnormalized
@@ -161,3 +162,33 @@ def test_every_way_learns_real_digits(formula: str) -> None:
     # Better than the noise itself, which knows the training images.
     nll = heldout_nll(model, x[1500:], importance_log_normalizer(model, noise, 20_000))
     assert nll < -float(noise.log_prob(x[1500:]).mean()) - 0.5
+
+
+def test_images_keep_their_form_from_noise_to_samples() -> None:
+    """A convolutional energy of 8 x 8 digits, data with added noise, chains and the Fréchet distance of what they find."""
+    from sklearn.datasets import load_digits
+
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:600, None] / 16
+
+    class Convolutional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Conv2d(1, 8, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(72, 1, bias=False)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layers(x).squeeze(-1)
+            return out - x.square().flatten(1).sum(-1) / 2
+
+    model, noise = Convolutional(), KDENoise.fit(images[:500], bandwidth=0.3)
+    poise.fit(
+        model, "unnormalized_nll + 0.001*energy_l2", {"input": images[:500]}, readout=Unnormalized(noise), solver="adam", lr=3e-3,
+        steps=30, device="cpu",
+    )  # fmt: skip
+    start = noise.sample(50)
+    found = langevin_chain(model, start, steps=30, step=0.01, temperature=0.1)
+    assert found.shape == start.shape == (50, 1, 8, 8)
+    distance = FrechetDistance(lambda x: x.flatten(1)[:, 8:24], images[500:])
+    assert distance(found) < distance(start)
