@@ -3,8 +3,8 @@
 Five looks. (1) A Gaussian's mean, data N(R, 1), noise N(0, 1), exact expectations by quadrature: steps of gradient descent at rate 0.5
 until |theta - R| < 0.1, and the ratio of curvatures at the optimum. (2) The same by samples, R = 4, noise fitted to the data with twice
 their width: 2,000 steps of 128. (3) Two moons and two rings, an energy 2-64-64-1, kernel noise with a tenth of a wide Gaussian: the
-held-out likelihood by quadrature after 500 steps of 128, five seeds. (4) An energy 10-64-64-1 on the digits 0 to 4 in ten principal directions:
-area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1 against no averaging (gamma 1), with the
+held-out likelihood by quadrature after 500 steps of 128, five seeds. (4) An energy 10-64-64-1 on the digits 0 to 4 in ten principal
+directions: area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1 against no averaging (gamma 1), with the
 kernel noise and with a plain Gaussian of twice the data's width.
 
 Adam with a rate that falls as a cosine; each method has the best of three rates by held-out likelihood on a seed of its own, once on the
@@ -167,7 +167,8 @@ def _line(found: Measured, gains: Mapping[str, list[float]], average: Mapping[st
         f"exact descent, likelihood against NCE: {steps} steps, NCE's curvature exp({slope:.3f} R^2) (paper: condition number 1, and "
         f"exponential decay); by samples {arrivals[0]} against {arrivals[1]} steps to within 5 %, MECO ends "
         f"{max(found.errors['MECO']):.1%} off; NCE -> MECO: {toys}; foreign digits, area under the curve {areas}; "
-        f"averaging with 16 points of noise gains {averaging} (paper: better density estimates, detection and FID than NCE on toys and CIFAR-10; no figures of its tables at hand)"
+        f"averaging with 16 points of noise gains {averaging} (paper: better density estimates, detection and FID than "
+        "NCE on toys and CIFAR-10; no figures of its tables at hand)"
     )
 
 
