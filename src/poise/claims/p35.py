@@ -4,8 +4,8 @@ Five looks. (1) A Gaussian's mean, data N(R, 1), noise N(0, 1), exact expectatio
 until |theta - R| < 0.1, and the ratio of curvatures at the optimum. (2) The same by samples, R = 4, noise fitted to the data with twice
 their width: 2,000 steps of 128. (3) Two moons and two rings, an energy 2-64-64-1, kernel noise with a tenth of a wide Gaussian: the
 held-out likelihood by quadrature after 500 steps of 128, five seeds. (4) An energy 10-64-64-1 on the digits 0 to 4 in ten principal
-directions: area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1 against no averaging (gamma 1), with the
-kernel noise and with a plain Gaussian of twice the data's width.
+directions: area under the curve against the digits 5 to 9. (5) Two moons with 16 points of noise: gamma 0.1 against no averaging (gamma
+1), with the kernel noise and with a plain Gaussian of twice the data's width.
 
 Adam with a rate that falls as a cosine; each method has the best of three rates by held-out likelihood on a seed of its own, once on the
 moons and once on the digits. All energies are confined by a Gaussian of width 2: without it they fall below those of the data
