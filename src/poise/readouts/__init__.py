@@ -8,6 +8,7 @@ from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, p
 from poise.readouts.other_loops import batch_quantities, pairs_in_halves, read_in_forward
 from poise.readouts.supervised import Classification, Readout, Regression, readout_for
 from poise.readouts.token_rewards import contrastive_token_rewards, implied_token_rewards, with_token_rewards
+from poise.readouts.unnormalized import Unnormalized
 
 __all__ = [
     "AdapterOff",
@@ -19,6 +20,7 @@ __all__ = [
     "Readout",
     "Regression",
     "SampleTokens",
+    "Unnormalized",
     "batch_quantities",
     "collect",
     "contrastive_token_rewards",

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
 NAMED = {
+    "compositional": "poise.solvers.compositional:Compositional",
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
     "proximal": "poise.solvers.proximal:ProximalGradient",
