@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from poise.readouts.autoencoder import Autoencoding
 from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
@@ -11,6 +12,7 @@ from poise.readouts.token_rewards import contrastive_token_rewards, implied_toke
 
 __all__ = [
     "AdapterOff",
+    "Autoencoding",
     "Choices",
     "Classification",
     "DomainFeatures",
