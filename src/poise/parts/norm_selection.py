@@ -212,9 +212,7 @@ def _crossing(squared: float, reached: float, above: int, count: int, held: Any)
     return 0, before, before
 
 
-def _choose(
-    m: int, before: float, after: float, t: float, positive: int, h: int, nearest: bool, guard: float
-) -> int:
+def _choose(m: int, before: float, after: float, t: float, positive: int, h: int, nearest: bool, guard: float) -> int:
     """Return k from where the norm crosses the target: the crossing itself, or the nearer side of it.
 
     Where none crosses, c is largest at the last entry above 0.

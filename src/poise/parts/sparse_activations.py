@@ -203,7 +203,7 @@ class BatchTopK(FeatureActivation):
         """Return the threshold that evaluation uses, 0-dim: the running mean without the weight of its start at 0."""
         if not int(self.batches):
             raise StateError(
-                "batch_top_k: no threshold is known yet, since no batch was trained on. Train, or call calibrate(z) with what the encoder gives."
+                "batch_top_k: no threshold is known yet, since no batch was trained on. Train, or call calibrate(...)."
             )
         return self.threshold / (1 - (1 - self.rate) ** self.batches)
 
@@ -260,11 +260,12 @@ class JumpReLU(FeatureActivation):
 
     def forward(self, z: Tensor, norms: Tensor | None = None, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         theta = self.log_threshold.to(z.dtype).exp()
-        features = cast(Tensor, _Jump.apply(z, theta, self.bandwidth))
+        features: Tensor = _Jump.apply(z, theta, self.bandwidth)  # type: ignore[no-untyped-call]
         return features, (features > 0).sum(1)
 
     def gates(self, z: Tensor, features: Tensor) -> Tensor:
-        return cast(Tensor, _Step.apply(z, self.log_threshold.to(z.dtype).exp(), self.bandwidth))
+        gates: Tensor = _Step.apply(z, self.log_threshold.to(z.dtype).exp(), self.bandwidth)  # type: ignore[no-untyped-call]
+        return gates
 
 
 class _Jump(torch.autograd.Function):

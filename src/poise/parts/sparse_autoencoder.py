@@ -3,7 +3,8 @@
     x_c = x - b,   z = x_c W_enc + b_enc,   f = activation(z),   x' = f W_dec + b,   |rows of W_dec| = 1
 
     sae = SparseAutoencoder(768, 12288, "top_afa")
-    poise.fit(sae, "reconstruction + norm_matching/32 + dead_features/32", {"input": x}, readout=Autoencoding(), solver="adam", lr=3e-4)
+    formula = "reconstruction + 0.03125*norm_matching + 0.03125*dead_features"
+    poise.fit(sae, formula, {"input": x}, readout=Autoencoding(), solver="adam", lr=3e-4)
 
 The rows stay of length 1 and the counters of dead features move, with every optimiser that a solver makes: the module asks for it. In a
 loop of your own say `poise.solvers.follow_requests(sae, optimizer)` once.
@@ -91,7 +92,7 @@ class SparseAutoencoder(nn.Module):
     >>> sae(torch.randn(5, 4)).features.shape
     torch.Size([5, 16])
 
-    Source: arXiv:2503.24277; SewoongLee/top-afa-sae. b is subtracted by linearity, `x W - b W`, so that its gradient costs a row, not a batch.
+    Source: arXiv:2503.24277; SewoongLee/top-afa-sae. b is subtracted by linearity, `x W - b W`, so that its gradient is cheap.
     """
 
     inactive: Tensor
@@ -170,7 +171,8 @@ class SparseAutoencoder(nn.Module):
             return None
         with torch.no_grad():
             centred = getattr(self.activation, "centred", True)
-            return torch.linalg.vector_norm(signal - self.bias if centred else signal, dim=1)
+            norms: Tensor = torch.linalg.vector_norm(signal - self.bias if centred else signal, dim=1)
+        return norms
 
     def row_norms(self) -> Tensor:
         """Return the lengths of the decoder's rows, float [features], without gradient.
@@ -178,10 +180,10 @@ class SparseAutoencoder(nn.Module):
         Raises:
             InputError: a row is 0 (looked at on the CPU alone).
         """
-        norms = torch.linalg.vector_norm(self.decoder.detach(), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.decoder.detach(), dim=1)
         if norms.device.type == "cpu" and float(norms.min()) == 0:
             raise InputError(
-                f"SparseAutoencoder: decoder row {int(norms.argmin())} is 0, a direction that does not exist. Draw it anew, or drop the feature."
+                f"SparseAutoencoder: decoder row {int(norms.argmin())} is 0, which is no direction. Draw it anew, or drop the feature."
             )
         return norms
 

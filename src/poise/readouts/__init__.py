@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from poise.readouts.activations import ActivationStream, activations_of
 from poise.readouts.autoencoder import Autoencoding
 from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
@@ -11,6 +12,7 @@ from poise.readouts.supervised import Classification, Readout, Regression, reado
 from poise.readouts.token_rewards import contrastive_token_rewards, implied_token_rewards, with_token_rewards
 
 __all__ = [
+    "ActivationStream",
     "AdapterOff",
     "Autoencoding",
     "Choices",
@@ -21,6 +23,7 @@ __all__ = [
     "Readout",
     "Regression",
     "SampleTokens",
+    "activations_of",
     "batch_quantities",
     "collect",
     "contrastive_token_rewards",

@@ -130,8 +130,8 @@ class UnitNorm(_Projection):
         True
 
     Source:
-        The dictionaries of sparse autoencoders, as in bartbussmann/BatchTopK; there rows are divided before the step, so that the step leaves
-        lengths that are not quite 1.
+        The dictionaries of sparse autoencoders, as in bartbussmann/BatchTopK; there rows are divided before the step, which
+        leaves lengths that are not quite 1.
     """
 
     def __init__(self, model: nn.Module, include: str = "*") -> None:

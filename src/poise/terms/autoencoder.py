@@ -1,8 +1,8 @@
 """What a sparse autoencoder is charged for: reconstruction, the norm of its features, sparsity, and features that have died.
 
-    reconstruction + norm_matching/32 + dead_features/32        top-AFA: how many features are active follows from the input
-    reconstruction + 0.01*feature_l1                            ReLU
-    reconstruction + 0.001*feature_l0                           JumpReLU, through the pseudo-derivative of its gates
+    reconstruction + 0.03125*norm_matching + 0.03125*dead_features     top-AFA: how many features are active follows from the input
+    reconstruction + 0.01*feature_l1                                   ReLU
+    reconstruction + 0.001*feature_l0                                  JumpReLU, through the pseudo-derivative of its gates
 
 `poise.readouts.Autoencoding` offers what they read. Any autoencoder's tensors do: `NormMatching()(features=f, signal=z)`.
 """
@@ -79,7 +79,8 @@ class NormMatching(Term):
 
     def forward(self, features: Tensor, signal: Tensor, centre: Tensor | None = None) -> Tensor:
         x = signal if centre is None or not self.centred else signal - centre
-        return (torch.linalg.vector_norm(features, dim=1) - torch.linalg.vector_norm(x, dim=1)).square()
+        gap: Tensor = torch.linalg.vector_norm(features, dim=1) - torch.linalg.vector_norm(x, dim=1)
+        return gap.square()
 
 
 class FeatureL1(Term):
