@@ -21,14 +21,14 @@ from torch import Tensor
 
 from poise.errors import InputError
 
-__all__ = ["norm_mask"]
+__all__ = ["keep_by_norm", "norm_mask"]
 
 _DRAWERS, _BITS = 2048, 20
 _FIRST = 128
 Loop = Callable[..., None]
 
 
-def norm_mask(
+def keep_by_norm(
     activations: Tensor,
     norms: Tensor | None,
     target: Tensor,
@@ -37,7 +37,7 @@ def norm_mask(
     max_k: int | None = None,
     guard: float = float("inf"),
 ) -> tuple[Tensor, Tensor]:
-    """Mark the k largest entries of each row, k such that their norm is the target's.
+    """Keep the k largest entries of each row, k such that their norm is the target's; without gradient.
 
     Args:
         activations: float [batch, features]; entries below 0 count as 0.
@@ -49,13 +49,13 @@ def norm_mask(
             has 1e4, which targets of several thousand reach.
 
     Returns:
-        `(mask, k)`: bool [batch, features], true on entries above 0 alone, and int64 [batch]. Of equal entries the first is kept.
+        `(features, k)`: float [batch, features], 0 where nothing is kept, and int64 [batch]. Of equal entries the first is kept.
 
     Raises:
         InputError: an entry or a target is not finite (looked at on the CPU alone), or there are fewer than two features.
 
-    >>> norm_mask(torch.tensor([[3.0, 0.5, 4.0]]), None, torch.tensor([5.0]))
-    (tensor([[ True, False,  True]]), tensor([2]))
+    >>> keep_by_norm(torch.tensor([[3.0, 0.5, 4.0]]), None, torch.tensor([5.0]))
+    (tensor([[3., 0., 4.]]), tensor([2]))
     """
     if activations.ndim != 2 or activations.shape[1] < 2:
         raise InputError(
@@ -69,12 +69,23 @@ def norm_mask(
     wanted = target.detach().to(torch.float64 if exact.device.type == "cpu" else exact.dtype)
     loop = _loop() if exact.device.type == "cpu" else None
     if loop is None:
-        return _by_largest(exact, scale, wanted, nearest, most, guard)
-    mask = torch.empty(exact.shape, dtype=torch.bool)
+        mask, k = _by_largest(exact, scale, wanted, nearest, most, guard)
+        return torch.where(mask, activations.detach(), 0.0), k
+    features = torch.empty(exact.shape, dtype=exact.dtype)
     k = torch.empty(len(exact), dtype=torch.int64)
-    _run(loop, exact.contiguous(), scale, wanted, nearest, most, guard, mask, k)
+    _run(loop, exact.contiguous(), scale, wanted, nearest, most, guard, features, k)
     _refuse_infinite(k)
-    return mask, k
+    return features.to(activations.dtype), k
+
+
+def norm_mask(activations: Tensor, norms: Tensor | None, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Mark what `keep_by_norm` keeps: bool [batch, features], and k int64 [batch].
+
+    >>> norm_mask(torch.tensor([[3.0, 0.5, 4.0]]), None, torch.tensor([5.0]))
+    (tensor([[ True, False,  True]]), tensor([2]))
+    """
+    features, k = keep_by_norm(activations, norms, target, **options)
+    return features > 0, k
 
 
 def _refuse_infinite(k: Tensor) -> None:
@@ -90,15 +101,15 @@ def _refuse_infinite(k: Tensor) -> None:
 
 
 def _run(
-    loop: Loop, exact: Tensor, scale: Tensor | None, wanted: Tensor, nearest: bool, most: int, guard: float, mask: Tensor,
-    k: Tensor,
+    loop: Loop, exact: Tensor, scale: Tensor | None, wanted: Tensor, nearest: bool, most: int, guard: float,
+    features: Tensor, k: Tensor,
 ) -> None:  # fmt: skip
     scale = torch.ones(exact.shape[1], dtype=exact.dtype) if scale is None else scale.contiguous()
-    arrays = exact.numpy(), wanted.numpy(), mask.numpy(), k.numpy()
+    arrays = exact.numpy(), wanted.numpy(), features.numpy(), k.numpy()
 
     def rows(start: int, stop: int) -> None:
-        a, t, m, n = (array[start:stop] for array in arrays)
-        loop(a, scale.numpy(), t, nearest, most, guard, m, n)
+        a, t, f, n = (array[start:stop] for array in arrays)
+        loop(a, scale.numpy(), t, nearest, most, guard, f, n)
 
     threads = min(torch.get_num_threads(), os.cpu_count() or 1, len(exact) // 64)
     if threads <= 1:
@@ -129,9 +140,9 @@ def _loop() -> Loop | None:
 def _with(compiled: Callable[[Callable[..., Any]], Any]) -> Loop:
     """Return the pass over rows; what it calls is compiled before it."""
     file, gather, crossing, choose = (compiled(f) for f in (_file, _gather, _crossing, _choose))
-    drawer_of, mark = compiled(_drawer_of), compiled(_mark)
+    drawer_of, keep = compiled(_drawer_of), compiled(_keep)
 
-    def loop(a: Any, scale: Any, t: Any, nearest: bool, most: int, guard: float, mask: Any, k: Any) -> None:
+    def loop(a: Any, scale: Any, t: Any, nearest: bool, most: int, guard: float, kept: Any, k: Any) -> None:
         h = a.shape[1]
         s, held = np.empty(h, a.dtype), np.empty(h, a.dtype)
         low = np.empty(h, np.float32)
@@ -150,7 +161,7 @@ def _with(compiled: Callable[[Callable[..., Any]], Any]) -> Loop:
             k[row] = chosen
             if not (above < chosen <= above + count or (m == 0 and chosen >= above)):
                 above, count = drawer_of(chosen, s, bits, counts, held)
-            mark(chosen - above, count, s, held, mask[row])
+            keep(chosen - above, count, s, held, a[row], kept[row])
 
     done: Loop = compiled(loop)
     return done
@@ -247,11 +258,11 @@ def _drawer_of(k: int, s: Any, bits: Any, counts: Any, held: Any) -> tuple[int, 
     return above, count
 
 
-def _mark(left: int, count: int, s: Any, held: Any, mask: Any) -> None:
-    """Mark what lies above a drawer and the `left` largest entries in it, of equal ones the first; all above 0 where it is empty."""
+def _keep(left: int, count: int, s: Any, held: Any, a: Any, kept: Any) -> None:
+    """Keep what lies above a drawer and the `left` largest entries in it, of equal ones the first; all above 0 where it is empty."""
     least = held[count - left] if count else s[0] * 0
     for i in range(len(s)):
-        mask[i] = s[i] > least
+        kept[i] = a[i] if s[i] > least else 0.0
     equal, n = 0, count - left
     while count and n < count and held[n] == least:
         equal += 1
@@ -260,7 +271,7 @@ def _mark(left: int, count: int, s: Any, held: Any, mask: Any) -> None:
         if equal == 0:
             break
         if s[i] == least:
-            mask[i] = True
+            kept[i] = a[i]
             equal -= 1
 
 

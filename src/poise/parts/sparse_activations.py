@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from poise.call_text import parse_call
 from poise.errors import InputError, StateError
 from poise.operators import require_count
-from poise.parts.norm_selection import norm_mask
+from poise.parts.norm_selection import keep_by_norm
 
 __all__ = ["BatchTopK", "FeatureActivation", "JumpReLU", "ReLU", "TopAFA", "TopK", "as_activation"]
 
@@ -37,6 +37,8 @@ class FeatureActivation(nn.Module):
 
     encoder_bias: ClassVar[bool] = False
     """Whether an autoencoder with it has a bias in its encoder, where nothing is said."""
+    masks: ClassVar[bool] = True
+    """Whether features that are 0 have no gradient, so that it need not be found."""
     uses_norms: ClassVar[bool] = False
     """Whether it reads the lengths of the decoder's rows, and the target norm."""
 
@@ -117,10 +119,11 @@ class TopAFA(FeatureActivation):
         if target is None or target.shape != z.shape[:1]:
             got = "none was given" if target is None else f"it is {list(target.shape)}"
             raise InputError(f"top_afa: target is the norm of each input, float [{len(z)}], and {got}.")
-        mask, k = norm_mask(
+        features, k = keep_by_norm(
             z, norms if self.scaled else None, target, nearest=self.rule == "nearest", max_k=self.max_k, guard=self.guard
         )  # fmt: skip
-        return torch.where(mask, z, z.new_zeros(())), k
+        kept: Tensor = _Kept.apply(z, features)  # type: ignore[no-untyped-call]
+        return kept, k
 
 
 class TopK(FeatureActivation):
@@ -240,6 +243,7 @@ class JumpReLU(FeatureActivation):
     """
 
     encoder_bias = True
+    masks = False
 
     def __init__(self, features: int | None = None, bandwidth: float = 0.001, threshold: float = 0.001) -> None:
         super().__init__()
@@ -266,6 +270,30 @@ class JumpReLU(FeatureActivation):
     def gates(self, z: Tensor, features: Tensor) -> Tensor:
         gates: Tensor = _Step.apply(z, self.log_threshold.to(z.dtype).exp(), self.bandwidth)  # type: ignore[no-untyped-call]
         return gates
+
+
+class _Kept(torch.autograd.Function):
+    """Features that were chosen from z: the gradient passes where they are above 0, and the choice has none."""
+
+    @staticmethod
+    def forward(z: Tensor, features: Tensor) -> Tensor:
+        return features.view_as(features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (features,) = ctx.saved_tensors
+        # The backward pass of relu: one pass over memory, where a mask of its own would take two.
+        return torch.ops.aten.threshold_backward(gradient, features, 0), None
+
+    @staticmethod
+    def jvp(ctx: Any, moved: Tensor, _: Any) -> Tensor:
+        (features,) = ctx.saved_tensors
+        return torch.where(features > 0, moved, 0.0)
 
 
 class _Jump(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch.nn import functional
 from poise import processes
 from poise.errors import InputError
 from poise.operators import require_count
+from poise.parts import sparse_products
 from poise.parts.sparse_activations import (
     BatchTopK,
     FeatureActivation,
@@ -142,13 +143,14 @@ class SparseAutoencoder(nn.Module):
         offset = -(self.encoder @ self.bias)
         if self.encoder_bias is not None:
             offset = offset + self.encoder_bias
-        z = functional.linear(signal, self.encoder, offset)
+        z = sparse_products.encode(signal, self.encoder, offset)
         norms = self.row_norms() if self.activation.uses_norms else None
         features, k = self.activation(z, norms, self._target(signal))
         if self.training:
             self._ran = True
             self.fired.logical_or_(features.detach().amax(0) > 0)
-        return AutoencoderOutput(signal, self.decode(features), features, k, z, mean, scale)
+        decoded = sparse_products.decode(features, self.decoder, self.bias, k) if self.activation.masks else self.decode(features)
+        return AutoencoderOutput(signal, decoded, features, k, z, mean, scale)
 
     def decode(self, features: Tensor) -> Tensor:
         """Return `f W_dec + b`."""

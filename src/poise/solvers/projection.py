@@ -152,8 +152,8 @@ class UnitNorm(_Projection):
         """Take from every gradient its component along the row."""
         for weight in self.parameters:
             if weight.grad is not None:
-                g, w = weight.grad.flatten(1), (weight / _row_norms(weight)).flatten(1)
-                weight.grad.flatten(1).sub_((g * w).sum(1, keepdim=True) * w)
+                share = (weight.grad * weight).flatten(1).sum(1).view_as(norms := _row_norms(weight)) / norms.square()
+                weight.grad.addcmul_(weight, share, value=-1)
 
     def follow(self, optimizer: Optimizer) -> RemovableHandle:
         before = optimizer.register_step_pre_hook(lambda *_: self.make_tangent())

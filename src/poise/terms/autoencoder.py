@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,8 +79,38 @@ class NormMatching(Term):
 
     def forward(self, features: Tensor, signal: Tensor, centre: Tensor | None = None) -> Tensor:
         x = signal if centre is None or not self.centred else signal - centre
-        gap: Tensor = torch.linalg.vector_norm(features, dim=1) - torch.linalg.vector_norm(x, dim=1)
-        return gap.square()
+        of_features: Tensor = _RowNorms.apply(features)  # type: ignore[no-untyped-call]
+        return (of_features - torch.linalg.vector_norm(x, dim=1)).square()
+
+
+class _RowNorms(torch.autograd.Function):
+    """Norms of rows, whose gradient is one pass over memory: f / |f|, and 0 at f = 0."""
+
+    @staticmethod
+    def forward(features: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(features, dim=1)
+        return norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        return features * _inverse(features, gradient)[:, None]
+
+    @staticmethod
+    def jvp(ctx: Any, moved: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        return _inverse(features, (features * moved).sum(1))
+
+
+def _inverse(features: Tensor, x: Tensor) -> Tensor:
+    """Return `x / |f|`, 0 where f is 0."""
+    norms = torch.linalg.vector_norm(features, dim=1)
+    return torch.where(norms > 0, x / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
 class FeatureL1(Term):
