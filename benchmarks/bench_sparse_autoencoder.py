@@ -59,7 +59,9 @@ def _plain_step(x: Tensor, features: int, k: int) -> Callable[[], object]:
     return step
 
 
-def _our_step(x: Tensor, features: int, activation: str, formula: str) -> tuple[SparseAutoencoder, Callable[[], object]]:
+def _our_step(
+    x: Tensor, features: int, activation: str, formula: str
+) -> tuple[SparseAutoencoder, Callable[[], object]]:
     sae = SparseAutoencoder(x.shape[1], features, activation)
     objective: Objective = parse(formula)
     solver = TorchOptimizer("adam", lr=3e-4)
@@ -90,7 +92,9 @@ def _steps(batch: int, width: int, features: int, repeats: int) -> list[Ratio]:
         sae, ours = _our_step(x, features, activation, formula)
         timing = paired(ours, plain, repeats=repeats, warmup=1, clock=time.process_time)
         k = float((sae.eval()(x).features > 0).sum(1).double().mean())
-        detail = f"{timing.first:.3f} against {timing.second:.3f} s; {batch} x {width}, {features} features, {k:.0f} active"
+        detail = (
+            f"{timing.first:.3f} against {timing.second:.3f} s; {batch} x {width}, {features} features, {k:.0f} active"
+        )
         ratios.append(Ratio(f"training step, {name} / plain top-k of 64", timing.ratio, 1.1, "lower", detail))
     return ratios
 
@@ -127,7 +131,9 @@ def _choices(batch: int, features: int, repeats: int) -> list[Ratio]:
             ("a full sort", lambda target=target: by_sort(target), 0.5, 3),
         ):
             timing = paired(ours, rival, repeats=many, warmup=1, clock=time.process_time)
-            detail = f"{1e3 * timing.first:.0f} against {1e3 * timing.second:.0f} ms; {batch} x {features}, {k:.0f} active"
+            detail = (
+                f"{1e3 * timing.first:.0f} against {1e3 * timing.second:.0f} ms; {batch} x {features}, {k:.0f} active"
+            )
             ratios.append(Ratio(f"choice, top-AFA of {k:.0f} / {name}", timing.ratio, goal, "lower", detail))
     held = peak_bytes(ours)
     ratios.append(Ratio("held in passing / activations", held / z.nbytes, 2.0, "lower", f"{held / 1e6:.0f} MB"))

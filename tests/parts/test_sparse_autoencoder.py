@@ -168,7 +168,7 @@ def test_a_pass_is_what_the_formula_says(kind: str, dtype: torch.dtype) -> None:
         assert gradient is not None or "threshold" in name, name
 
 
-def test_taking_the_bias_out_by_linearity_gives_its_gradient() -> None:
+def test_the_bias_has_the_gradient_of_both_places_where_it_stands() -> None:
     sae = SparseAutoencoder(6, 40, "top_k(k=3)").double()
     x = data().double()
     with torch.no_grad():

@@ -45,13 +45,17 @@ def test_decoding_is_the_dense_product_in_value_and_gradient(dtype: torch.dtype,
 def test_encoding_has_the_dense_gradient_for_sparse_and_dense_ones(share: float) -> None:
     f, w, _, _ = case(share=share)
     x = torch.randn(40, 130, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    c = torch.randn(300, dtype=torch.float64, requires_grad=True)
+    b, c = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (130, 300))
     w = w.requires_grad_()
-    value = encode(x, w, c)
-    torch.testing.assert_close(value, functional.linear(x, w, c))
-    by_w, by_c = torch.autograd.grad((value * f).sum(), (w, c))
-    torch.testing.assert_close(by_w, f.T @ x)
-    torch.testing.assert_close(by_c, f.sum(0))
+    for leaves in ((b, w, c), (b, w)):
+        value = encode(x, b, w, c if len(leaves) == 3 else None)
+        plain = functional.linear(x - b, w, c if len(leaves) == 3 else None)
+        torch.testing.assert_close(value, plain)
+        ours = torch.autograd.grad((value * f).sum(), leaves)
+        for one, other in zip(ours, torch.autograd.grad((plain * f).sum(), leaves), strict=True):
+            torch.testing.assert_close(one, other)
+    by_x = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad((encode(by_x, b, w, c) * f).sum(), by_x)[0], f @ w)
 
 
 def test_a_gradient_can_be_differentiated_again() -> None:
@@ -68,7 +72,9 @@ def test_a_gradient_can_be_differentiated_again() -> None:
     first = torch.autograd.grad(loss(*at), at, create_graph=True)
     second = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, direction, strict=True)), at)
     step = 1e-6
-    moved = [[(p + s * step * d).detach().requires_grad_() for p, d in zip(at, direction, strict=True)] for s in (1, -1)]
+    moved = [
+        [(p + s * step * d).detach().requires_grad_() for p, d in zip(at, direction, strict=True)] for s in (1, -1)
+    ]
     ends = [torch.autograd.grad(loss(*m), m) for m in moved]
     for exact, up, down in zip(second, *ends, strict=True):
         torch.testing.assert_close(exact, (up - down) / (2 * step), rtol=1e-5, atol=1e-6)

@@ -133,7 +133,13 @@ def judge(study: Study) -> Finding:
     ends = "" if interval.lower is None or interval.upper is None else (
         f" [{math.exp(interval.lower):.2f}, {math.exp(interval.upper):.2f}]"
     )  # fmt: skip
-    figures |= {"ratio": ratio, "ratio at equal length": fmean(equal), "spread of k": spread, "k": float(k), "lambda": w}
+    figures |= {
+        "ratio": ratio,
+        "ratio at equal length": fmean(equal),
+        "spread of k": spread,
+        "k": float(k),
+        "lambda": w,
+    }
     rows = ", ".join(f"{name} {study.mse(name):.4f} (L0 {study.l0(name):.0f})" for name in study.judged)
     measured = (
         f"normalised error: {rows}; top-AFA / best TopK {ratio:.2f}{ends}, at equal description length {fmean(equal):.2f}; features an input "

@@ -93,7 +93,7 @@ class SparseAutoencoder(nn.Module):
     >>> sae(torch.randn(5, 4)).features.shape
     torch.Size([5, 16])
 
-    Source: arXiv:2503.24277; SewoongLee/top-afa-sae. b is subtracted by linearity, `x W - b W`, so that its gradient is cheap.
+    Source: arXiv:2503.24277; SewoongLee/top-afa-sae.
     """
 
     inactive: Tensor
@@ -140,16 +140,17 @@ class SparseAutoencoder(nn.Module):
                 f"SparseAutoencoder: inputs are float [batch, {self.width}], and these are {list(x.shape)}."
             )
         signal, mean, scale = self._normalised(x)
-        offset = -(self.encoder @ self.bias)
-        if self.encoder_bias is not None:
-            offset = offset + self.encoder_bias
-        z = sparse_products.encode(signal, self.encoder, offset)
+        z = sparse_products.encode(signal, self.bias, self.encoder, self.encoder_bias)
         norms = self.row_norms() if self.activation.uses_norms else None
         features, k = self.activation(z, norms, self._target(signal))
         if self.training:
             self._ran = True
             self.fired.logical_or_(features.detach().amax(0) > 0)
-        decoded = sparse_products.decode(features, self.decoder, self.bias, k) if self.activation.masks else self.decode(features)
+        decoded = (
+            sparse_products.decode(features, self.decoder, self.bias, k)
+            if self.activation.masks
+            else self.decode(features)
+        )
         return AutoencoderOutput(signal, decoded, features, k, z, mean, scale)
 
     def decode(self, features: Tensor) -> Tensor:
