@@ -1,8 +1,8 @@
 """A training step of a top-AFA autoencoder beside a plain top-k one, and its choice of features beside topk and a full sort.
 
 The plain step has the shape of sae-lens' TopK: inputs less the decoder's bias, an encoder with bias, topk, relu, scatter, a dense decoder,
-the squared error, backward, Adam; written by hand in PyTorch, without counters of dead features and without unit rows, which ours has. The goal
-of the step (1.1) is the project's, that of the choice (1.5 times topk(64) with scatter) and of its memory are the specification's.
+the squared error, backward, Adam; written by hand in PyTorch, without counters of dead features and without unit rows, which ours has. The
+goal of the step (1.1) is the project's, those of the choice (1.5 times topk(64) with scatter) and of its memory the specification's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.harness import Ratio, one_thread, paired, peak_bytes
+from poise.formula import parse
 from poise.objective import Objective
 from poise.parts import SparseAutoencoder, TopAFA
-from poise.formula import parse
 from poise.problem import Problem
 from poise.readouts import Autoencoding
 from poise.solvers import TorchOptimizer

@@ -80,7 +80,8 @@ class NormMatching(Term):
     def forward(self, features: Tensor, signal: Tensor, centre: Tensor | None = None) -> Tensor:
         x = signal if centre is None or not self.centred else signal - centre
         of_features: Tensor = _RowNorms.apply(features)  # type: ignore[no-untyped-call]
-        return (of_features - torch.linalg.vector_norm(x, dim=1)).square()
+        of_signal: Tensor = torch.linalg.vector_norm(x, dim=1)
+        return (of_features - of_signal).square()
 
 
 class _RowNorms(torch.autograd.Function):
@@ -99,7 +100,8 @@ class _RowNorms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        return features * _inverse(features, gradient)[:, None]
+        by_features: Tensor = features * _inverse(features, gradient)[:, None]
+        return by_features
 
     @staticmethod
     def jvp(ctx: Any, moved: Tensor) -> Tensor:
