@@ -294,6 +294,9 @@ def test_an_optimiser_that_is_fitted_twice_is_followed_once() -> None:
     for _ in range(2):
         poise.fit(sae, "reconstruction", {"input": data()}, readout=Autoencoding(), solver=solver, steps=3)
     assert int(sae.inactive.max()) <= 6
+    copy.deepcopy(solver.requests).remove()  # a copy holds no hooks
+    poise.fit(sae, "reconstruction", {"input": data()}, readout=Autoencoding(), solver=solver, steps=1)
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def _check(z: Tensor, features: Tensor, decoder: Tensor, bias: Tensor | None) ->
             f"afa_report: features are never negative, and row {row} has one below 0. Give them after the activation."
         )
     for name, x in (("decoder", decoder), ("z", z)):
-        lengths = torch.linalg.vector_norm(x, dim=1)
+        lengths = torch.linalg.vector_norm(x.detach(), dim=1)
         if len(lengths) and float(lengths.min()) == 0:
             raise InputError(
                 f"afa_report: row {int(lengths.argmin())} of {name} is 0, a direction that does not exist."

@@ -176,6 +176,10 @@ class _Both(RemovableHandle):
         for handle in self.handles:
             handle.remove()
 
+    def __reduce__(self) -> tuple[type[_Both], tuple[()]]:
+        # Hooks belong to one optimiser; a copy of what holds them has none.
+        return (_Both, ())
+
 
 def follow_requests(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Do at each step of an optimiser what the model's modules ask for: rows of length 1, and a call of `after_step()`.
