@@ -208,13 +208,13 @@ class BatchTopK(FeatureActivation):
             raise StateError(
                 "batch_top_k: no threshold is known yet, since no batch was trained on. Train, or call calibrate(...)."
             )
-        return self.threshold / (1 - (1 - self.rate) ** self.batches)
+        return self.threshold / (1 - (1 - self.rate) ** self.batches.double())
 
     @torch.no_grad()
     def calibrate(self, batches: Any) -> Tensor:
         """Set the threshold to its mean over encoder outputs `z`, float [batch, features] each; return it.
 
-        >>> float(BatchTopK(1).calibrate([torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 2.0]])]))
+        >>> round(float(BatchTopK(1).calibrate([torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 2.0]])])), 9)
         3.0
         """
         found = torch.stack([self._least(z).double() for z in batches])
