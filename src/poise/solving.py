@@ -198,7 +198,8 @@ def solve_path(
         if factors < 2 or not 0 < smallest < 1:
             raise InputError("A path has at least 2 points, and its smallest weight is a share in (0, 1).")
         top = problem.largest_weight() / inner.weight if inner.weight > 0 else math.inf
-        top = top if math.isfinite(top) and top > 0 else 100.0
+        # a touch above, so that rounding lets nothing in at the first point
+        top = top * (1 + 1e-6) if math.isfinite(top) and top > 0 else 100.0
         factors = [float(f) for f in np.geomspace(top, top * smallest, factors)]
     found: list[PathPoint] = []
     start = None
