@@ -26,6 +26,8 @@ CATALOGUE: dict[str, str] = {
 """Parts that text may name, and where each is defined; read without importing PyTorch."""
 
 _HOME: dict[str, str] = {
+    "AutoencoderOutput": "sparse_autoencoder",
+    "BatchTopK": "sparse_activations",
     "BestResponse": "best_response",
     "BestResponseConv2d": "best_response",
     "BestResponseEmbedding": "best_response",
@@ -46,8 +48,16 @@ _HOME: dict[str, str] = {
     "MaskReport": "token_mask",
     "MixedNoise": "noise",
     "MixtureNoise": "noise",
+    "FeatureActivation": "sparse_activations",
+    "JumpReLU": "sparse_activations",
+    "Load": "routing",
+    "MaskReport": "token_mask",
+    "ReLU": "sparse_activations",
     "Routing": "routing",
+    "SparseAutoencoder": "sparse_autoencoder",
     "TokenMask": "token_mask",
+    "TopAFA": "sparse_activations",
+    "TopK": "sparse_activations",
     "TopKRouter": "routing",
     "TransportRouter": "routing",
     "TunedChannelDropout": "tuned_noise",
@@ -66,6 +76,7 @@ _HOME: dict[str, str] = {
     "folded_copy": "companding",
     "make_best_response": "best_response_conversion",
     "mask_report": "token_mask",
+    "norm_mask": "norm_selection",
 }
 
 
