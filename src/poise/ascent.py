@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Ascent", "Oracle", "adam", "lbfgs"]
+__all__ = ["Ascent", "Oracle", "adam", "lbfgs", "nonlinear_cg"]
 
 Oracle = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _DECREASE, _SLOPE, _TRIALS, _ROUNDING = 1e-4, 0.9, 30, 1e-13
@@ -92,6 +92,49 @@ def lbfgs(oracle: Oracle, start: Tensor, tolerance: Tensor, max_iter: int, memor
     return end
 
 
+def nonlinear_cg(oracle: Oracle, start: Tensor, tolerance: Tensor, max_iter: int) -> Ascent:
+    """Ascend by nonlinear conjugate gradients (Polak and Ribiere, restarted) until every row's gradient is within its tolerance.
+
+    d <- g + max(0, <g, g - g_before> / ||g_before||^2) d
+
+    Arguments as `lbfgs`.
+    """
+    which = torch.arange(len(start), device=start.device)
+    x = start.clone()
+    value, gradient = oracle(x, which)
+    end = Ascent(x.clone(), value.clone(), gradient.abs().sum(-1), torch.zeros_like(which), which < 0, [])
+    direction, length = gradient.clone(), torch.ones_like(value)
+    for _ in range(max_iter):
+        going = (end.residual[which] > tolerance[which]) & ~end.stalled[which]
+        if not bool(going.all()):
+            which, x, value, gradient, direction, length = (
+                t[going] for t in (which, x, value, gradient, direction, length)
+            )
+        if not len(which):
+            break
+        slope = (direction * gradient).sum(-1)
+        uphill = slope > 0
+        direction = torch.where(uphill[:, None], direction, gradient)
+        steepest = (direction == gradient).all(-1)
+        length = torch.where(steepest, 1.0 / gradient.abs().sum(-1).clamp_min(1e-300), length)
+        # A weaker bound on the slope would leave directions that are no ascent.
+        step, next_value, next_gradient, found = _line_search(
+            oracle, which, x, value, gradient, direction, length, share=0.1
+        )
+        change = next_gradient - gradient
+        factor = (next_gradient * change).sum(-1) / gradient.square().sum(-1).clamp_min(1e-300)
+        end.stalled[which] = ~found & steepest
+        moved = torch.where(found[:, None], step[:, None] * direction, 0.0)
+        direction = torch.where(found[:, None], next_gradient + factor.clamp_min(0.0)[:, None] * direction, gradient)
+        x, value = x + moved, torch.where(found, next_value, value)
+        gradient = torch.where(found[:, None], next_gradient, gradient)
+        length = step
+        end.x[which], end.value[which], end.residual[which] = x, value, gradient.abs().sum(-1)
+        end.iterations[which] += 1
+        end.history.append(float(end.value.sum()))
+    return end
+
+
 def _two_sided(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     """Return the inverse Hessian that the pairs span times the gradient, in the compact form of Byrd, Nocedal and Schnabel.
 
@@ -122,8 +165,9 @@ def _two_sided(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
 
 
 def _line_search(
-    oracle: Oracle, which: Tensor, x: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, first: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    oracle: Oracle, which: Tensor, x: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, first: Tensor,
+    share: float = _SLOPE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Find steps with enough ascent and a slope that has fallen, by doubling and bisection; rows that have one wait."""
     slope = (direction * gradient).sum(-1)
     step, low, high = first.clone(), torch.zeros_like(first), torch.full_like(first, torch.inf)
@@ -138,7 +182,7 @@ def _line_search(
         # Near the top the ascent drowns in rounding, and the slope alone says that the step is not too long.
         level = tried_value >= value[rows] - _ROUNDING * value[rows].abs()
         rises |= level & (tried_slope >= -(1.0 - 2.0 * _DECREASE) * slope[rows])
-        flat = tried_slope <= _SLOPE * slope[rows]
+        flat = tried_slope <= share * slope[rows]
         kept = rows[rises]
         best[kept] = t[rises]
         next_value[kept], next_gradient[kept] = tried_value[rises], tried_gradient[rises]

@@ -7,6 +7,9 @@ from typing import Any
 from poise.lazy import load
 from poise.parameter_groups import parameter_groups
 
+# At once, because function and file share a name and the function is what users mean.
+from poise.solvers.plug_and_play import plug_and_play
+
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",
     "AdamW": "torch_optimizers",
@@ -22,6 +25,8 @@ _HOME: dict[str, str] = {
     "Spectrum": "kernel_distillation",
     "ClampWeights": "projection",
     "MaxNorm": "projection",
+    "PlugAndPlay": "plug_and_play",
+    "ProjectModules": "projection",
     "TransportResult": "transport",
     "as_solver": "torch_optimizers",
     "lion_from_adamw": "lion",
@@ -34,7 +39,7 @@ _HOME: dict[str, str] = {
     "super_universal_newton": "newton_rivals",
 }
 
-__all__ = ["parameter_groups", *sorted(_HOME)]
+__all__ = ["parameter_groups", "plug_and_play", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

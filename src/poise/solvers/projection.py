@@ -18,7 +18,47 @@ from torch.utils.hooks import RemovableHandle
 
 from poise.errors import InputError
 
-__all__ = ["ClampWeights", "MaxNorm"]
+__all__ = ["ClampWeights", "MaxNorm", "ProjectModules"]
+
+
+class ProjectModules:
+    """Call `project_()` of every module of a model that has one: the module knows the set, the solver knows when.
+
+    The solvers of `torch.optim` do it by themselves after each step. In a loop of your own, follow the optimiser.
+
+    Args:
+        model: whose modules are looked through; a module whose parent projects it already is left to the parent.
+
+    Example:
+        >>> from poise.parts import ICNN
+        >>> net = ICNN(2, hidden=3)
+        >>> with torch.no_grad():
+        ...     net.positive[0].fill_(-1.0)
+        >>> ProjectModules(net)(); float(net.positive[0].detach().min())
+        0.0
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.modules: list[Any] = []
+        covered: set[nn.Module] = set()
+        for module in () if model is None else model.modules():
+            if module not in covered and callable(getattr(module, "project_", None)):
+                self.modules.append(module)
+                covered.update(module.modules())
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Project now."""
+        for module in self.modules:
+            module.project_()
+
+    def follow(self, optimizer: Optimizer) -> RemovableHandle:
+        """Project after each step of this optimiser; `remove()` on the result stops it."""
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self()
+
+        return optimizer.register_step_post_hook(after)
 
 
 class _Projection:

@@ -15,6 +15,7 @@ from poise.errors import InputError, nearest
 from poise.objective import Objective
 from poise.parameter_groups import asked_for
 from poise.problem import Certificate, Problem, Step
+from poise.solvers.projection import ProjectModules
 
 _NAMES = {
     "adadelta": "Adadelta",
@@ -47,6 +48,8 @@ Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 class TorchOptimizer:
     """A `torch.optim` optimiser as a solver.
 
+    Modules that say how their weights are projected (`project_()`, as an `ICNN` does) are projected after every step.
+
     Args:
         optimizer: a name ("sgd", "adamw", "lion", ...), a class, or an object that holds its parameters already.
         clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.
@@ -71,6 +74,7 @@ class TorchOptimizer:
         **options: Any,
     ) -> None:
         self.clip, self.parameter_groups = clip, parameter_groups
+        self.project = ProjectModules(None)
         self.optimizer: torch.optim.Optimizer | None = None
         self.options: dict[str, Any] = {}
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -101,6 +105,7 @@ class TorchOptimizer:
 
     def bind(self, model: nn.Module, objective: Objective) -> None:
         """Make the optimiser over the model's parameters and the objective's own."""
+        self.project = ProjectModules(model)
         if self.optimizer is not None:
             held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             for group in objective.parameter_groups():
@@ -145,6 +150,8 @@ class TorchOptimizer:
             optimizer.step(_Closure(self, problem))
         else:
             optimizer.step()
+        if self.project.modules and not problem.step.skipped:
+            self.project()
         # The next gradient is new memory: the old one goes first.
         for parameter in problem.parameters.values():
             parameter.grad = None

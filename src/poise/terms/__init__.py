@@ -64,6 +64,7 @@ CATALOGUE: dict[str, str] = {
     "ppo_clip": "poise.terms.policy_gradient.clipped:PPOClip",
     "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
+    "proximal_matching": "poise.terms.proximal_matching:ProximalMatching",
     "reference_kl": "poise.terms.regularised_reward:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient.reinforce:Reinforce",
