@@ -10,6 +10,7 @@ from poise.insight.alignment_depth import alignment_depth
 from poise.insight.distillation_spectrum import distillation_spectrum
 from poise.insight.implicit_reward import implicit_reward
 from poise.insight.mode_seeking import mode_seeking
+from poise.insight.prior_profile import prior_profile
 from poise.lazy import load
 
 _HOME: dict[str, str] = {
@@ -39,6 +40,8 @@ _HOME: dict[str, str] = {
     "Monotonicity": "reward_audit",
     "ParetoPaths": "checkpoint_fronts",
     "PreferenceStatistics": "mode_seeking",
+    "PriorCurve": "prior_profile",
+    "PriorProfile": "prior_profile",
     "RateResult": "implicit_reward",
     "RateStudy": "implicit_reward",
     "Recommendation": "mode_seeking",
@@ -110,7 +113,7 @@ _HOME: dict[str, str] = {
 __all__ = ["alignment_depth", "distillation_spectrum", "mode_seeking", *sorted(_HOME)]
 __all__ = ["alignment_depth", "distillation_spectrum", *sorted(_HOME)]
 __all__ = ["distillation_spectrum", "implicit_reward", "mode_seeking", *sorted(_HOME)]
-__all__ = ["distillation_spectrum", "mode_seeking", *sorted(_HOME)]
+__all__ = ["distillation_spectrum", "mode_seeking", "prior_profile", *sorted(_HOME)]
 
 
 _ELSEWHERE = {"ParetoArchive": "poise.weights.pareto", "hypervolume": "poise.metrics.pareto"}

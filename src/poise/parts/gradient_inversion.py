@@ -18,7 +18,7 @@ __all__ = ["METHODS", "invert_gradient"]
 
 METHODS = ("newton", "cg", "ls")
 Of = Callable[[Tensor, Tensor], Tensor]
-_DECREASE, _HALVINGS = 1e-4, 30
+_SHORT, _FAR, _TRIALS = 0.5, 0.1, 40
 
 
 def invert_gradient(
@@ -35,7 +35,7 @@ def invert_gradient(
         max_iter: most iterations.
     """
     if method == "newton":
-        y = _newton(potential, gradient, x, start, tol, max_iter or 100)
+        y = _newton(gradient, x, start, tol, max_iter or 100)
     else:
         oracle = _squares(gradient, x) if method == "ls" else _dual(potential, gradient, x)
         ascend = lbfgs if method == "ls" else nonlinear_cg
@@ -71,8 +71,8 @@ def _squares(gradient: Of, x: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor
     return oracle
 
 
-def _newton(potential: Of, gradient: Of, x: Tensor, start: Tensor, tol: float, max_iter: int) -> Tensor:
-    """Newton's method whose steps are found by conjugate gradients, with a line search by halving."""
+def _newton(gradient: Of, x: Tensor, start: Tensor, tol: float, max_iter: int) -> Tensor:
+    """Newton's method whose steps are found by conjugate gradients, with a line search by the slope alone."""
     end = start.clone()
     which = torch.arange(len(x), device=x.device)
     y = end.clone()
@@ -86,7 +86,7 @@ def _newton(potential: Of, gradient: Of, x: Tensor, start: Tensor, tol: float, m
         if not bool(going.any()):
             break
         direction = _step(f, point, away, length)
-        y, moved = _search(potential, gradient, x[which], which, y, away, direction, going)
+        y, moved = _search(gradient, x[which], which, y, away, direction, going)
         end[which] = y
         # A row that finds no step is at the limit of rounding.
         keep = going & moved
@@ -120,25 +120,26 @@ def _step(f: Tensor, point: Tensor, away: Tensor, length: Tensor) -> Tensor:
 
 
 def _search(
-    potential: Of, gradient: Of, x: Tensor, which: Tensor, y: Tensor, away: Tensor, direction: Tensor, going: Tensor
+    gradient: Of, x: Tensor, which: Tensor, y: Tensor, away: Tensor, direction: Tensor, going: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Halve the step until psi(y) - <x, y> falls enough, or, where that drowns in rounding, the residual does."""
+    """Find steps at which the slope along the direction is nearly 0, by doubling and bisection.
+
+    The function is convex, so its slope only rises along a line: values, which drown in rounding near the end, are not needed.
+    """
     with torch.no_grad():
-        value = potential(y, which) - (x * y).sum(1)
-        slope, length = (away * direction).sum(1), away.norm(dim=1)
-        share = torch.ones_like(value)
-        found = ~going
-        result = y.clone()
-        for _ in range(_HALVINGS):
-            rows = (~found).nonzero()[:, 0]
+        slope = (away * direction).sum(1)
+        share, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
+        for _ in range(_TRIALS):
+            rows = (going & (slope < 0) & (share > 0)).nonzero()[:, 0]
             if not len(rows):
                 break
-            tried = y[rows] + share[rows, None] * direction[rows]
-            fell = potential(tried, which[rows]) - (x[rows] * tried).sum(1)
-            enough = fell <= value[rows] + _DECREASE * share[rows] * slope[rows]
-            nearer = (gradient(tried, which[rows]) - x[rows]).norm(dim=1) <= (1 - _DECREASE * share[rows]) * length[rows]
-            good = enough | nearer
-            result[rows[good]] = tried[good]
-            found[rows[good]] = True
-            share[rows[~good]] *= 0.5
-        return result, found
+            tried = (gradient(y[rows] + share[rows, None] * direction[rows], which[rows]) - x[rows]) * direction[rows]
+            left = tried.sum(1) / slope[rows]
+            # 1 at the start, 0 at the least value, negative beyond it.
+            short, far = left > _SHORT, left < -_FAR
+            low[rows[short]], high[rows[far]] = share[rows[short]], share[rows[far]]
+            going = going.clone()
+            going[rows[~(short | far)]] = False
+            again = rows[short | far]
+            share[again] = torch.where(high[again].isfinite(), 0.5 * (low[again] + high[again]), 2.0 * share[again])
+        return y + share[:, None] * direction, slope < 0

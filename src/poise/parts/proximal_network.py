@@ -229,7 +229,7 @@ class ICNN(_NonNegativeWeights):
                 f"ICNN: hidden and layers are at least 1 and condition at least 0; they are {hidden}, {layers} and {condition}."
             )
         self.hidden, self.layers, self.condition = hidden, layers, condition
-        # All H_k and h in one matrix: one product for them, and one for their transposes.
+        # All H_k and h in one matrix, under the initialisation that PyTorch gives each.
         self.skip = nn.Linear(math.prod(self.shape), layers * hidden + 1)
         for _ in range(layers - 1):
             self._add(hidden, hidden)
@@ -240,24 +240,29 @@ class ICNN(_NonNegativeWeights):
             else None
         )
 
-    def _before(self, y: Tensor, condition: Tensor | None, inner: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return what the activations are applied to, layer by layer, and <h, y> + b."""
-        straight = self.skip(y)
+    def _pieces(self, y: Tensor, condition: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return H_1, ..., H_K, h and the same of b; under a condition, of b for each example."""
+        widths = [*[self.hidden] * self.layers, 1]
+        bias = self.skip.bias
         if self.context is not None:
-            straight = straight + self.context(_condition(y, condition, self.condition))
-        *pieces, affine = straight.split(self.hidden, dim=1) if self.hidden > 1 else straight.split(1, dim=1)
-        before = [pieces[0]]
-        for piece, weight in zip(pieces[1:], inner, strict=True):
-            before.append(piece + F.linear(self.g(before[-1], self.beta), weight))
-        return before, affine[:, 0]
+            bias = bias + self.context(_condition(y, condition, self.condition))
+        return self.skip.weight.split(widths), bias.split(widths, dim=-1)
+
+    def _before(self, y: Tensor, H: tuple[Tensor, ...], b: tuple[Tensor, ...], inner: list[Tensor]) -> list[Tensor]:
+        """Return what the activations are applied to, layer by layer."""
+        before = [_affine(y, H[0], b[0])]
+        for k, weight in enumerate(inner, start=1):
+            before.append(_affine(y, H[k], b[k]) + F.linear(self.g(before[-1], self.beta), weight))
+        return before
 
     def forward(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return psi, float [batch]."""
         self._check_shape(y)
         flat = y.flatten(1)
         *inner, last = self.nonnegative()
-        before, affine = self._before(flat, condition, inner)
-        value: Tensor = F.linear(self.g(before[-1], self.beta), last)[:, 0] + affine
+        H, b = self._pieces(y, condition)
+        before = self._before(flat, H, b, inner)
+        value: Tensor = (F.linear(self.g(before[-1], self.beta), last) + _affine(flat, H[-1], b[-1]))[:, 0]
         return value + self.strong * flat.square().sum(1) if self.strong else value
 
     def gradient(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -268,12 +273,13 @@ class ICNN(_NonNegativeWeights):
         self._check_shape(y)
         flat = y.flatten(1)
         *inner, last = self.nonnegative()
-        before, _ = self._before(flat, condition, inner)
-        found = [last * self.slope(before[-1], self.beta)]
-        for weight, u in zip(reversed(inner), reversed(before[:-1]), strict=True):
-            found.insert(0, (found[0] @ weight) * self.slope(u, self.beta))
-        every = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-        f = torch.addmm(self.skip.weight[-1], every, self.skip.weight[:-1])
+        H, b = self._pieces(y, condition)
+        before = self._before(flat, H, b, inner)
+        d = last * self.slope(before[-1], self.beta)
+        f = torch.addmm(H[-1][0], d, H[-2])
+        for k in range(self.layers - 1, 0, -1):
+            d = (d @ inner[k - 1]) * self.slope(before[k - 1], self.beta)
+            f = f + d @ H[k - 1]
         return (torch.add(f, flat, alpha=2.0 * self.strong) if self.strong else f).view_as(y)
 
     def config(self) -> dict[str, Any]:
@@ -354,6 +360,11 @@ class ConvICNN(_NonNegativeWeights):
     def config(self) -> dict[str, Any]:
         own = {"shape": list(self.shape), "channels": self.channels, "strides": list(self.strides), "dense": self.dense}
         return {"kind": "ConvICNN", **own, **self._options()}
+
+
+def _affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return y W' + b; b may differ from example to example."""
+    return F.linear(y, weight, bias) if bias.dim() == 1 else F.linear(y, weight) + bias
 
 
 def _resized(y: Tensor, size: tuple[int, int]) -> Tensor:

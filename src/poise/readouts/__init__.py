@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from poise.readouts.denoising import Denoising
 from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterOff",
     "Choices",
     "Classification",
+    "Denoising",
     "DomainFeatures",
     "Language",
     "OnPolicy",

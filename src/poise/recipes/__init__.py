@@ -11,6 +11,7 @@ from poise.recipes.distillation_chain import distillation_chain
 from poise.recipes.preference_loop import preference_loop
 
 _HOME: dict[str, str] = {
+    "AverageWeights": "learned_prox",
     "Chain": "distillation_chain",
     "CoTrained": "elr_plus",
     "ELRPlus": "elr_plus",
@@ -24,7 +25,9 @@ _HOME: dict[str, str] = {
     "Student": "distillation_chain",
     "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
+    "fit_learned_prox": "learned_prox",
     "pairs_from_rewards": "preference_loop",
+    "proximal_schedule": "learned_prox",
     "self_rewarding_rounds": "self_reward",
 }
 

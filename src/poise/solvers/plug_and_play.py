@@ -174,7 +174,7 @@ def plug_and_play(
         PoiseWarning: `tolerance` is missed; or a step beyond the theory.
 
     >>> from poise.linear_maps import Mask
-    >>> from poise.image_penalties import WaveletL1
+    >>> from poise.wavelets import WaveletL1
     >>> A = Mask(torch.ones(1, 4, 4))
     >>> result = plug_and_play(A, torch.ones(2, 1, 4, 4), WaveletL1(1), weight=0.1, iterations=20)
     >>> result.certificate.iterations, bool(result.rises())
