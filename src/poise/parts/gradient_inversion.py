@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poise.ascent import lbfgs, nonlinear_cg
+from poise.ascent import lbfgs, nonlinear_cg, slope_search
 
 __all__ = ["METHODS", "invert_gradient"]
 
 METHODS = ("newton", "cg", "ls")
 Of = Callable[[Tensor, Tensor], Tensor]
-_SHORT, _FAR, _TRIALS = 0.5, 0.1, 40
+_SHORT, _FAR = 0.5, 0.1
 
 
 def invert_gradient(
@@ -76,6 +76,11 @@ def _newton(gradient: Of, x: Tensor, start: Tensor, tol: float, max_iter: int) -
     end = start.clone()
     which = torch.arange(len(x), device=x.device)
     y = end.clone()
+
+    def uphill(y: Tensor, which: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x[which] - gradient(y, which)
+
     for _ in range(max_iter):
         with torch.enable_grad():
             point = y.detach().requires_grad_()
@@ -86,7 +91,8 @@ def _newton(gradient: Of, x: Tensor, start: Tensor, tol: float, max_iter: int) -
         if not bool(going.any()):
             break
         direction = _step(f, point, away, length)
-        y, moved = _search(gradient, x[which], which, y, away, direction, going)
+        share, moved = slope_search(uphill, which, y, -away, direction, torch.ones_like(length), _SHORT, _FAR)
+        y = torch.where((moved & going)[:, None], y + share[:, None] * direction, y)
         end[which] = y
         # A row that finds no step is at the limit of rounding.
         keep = going & moved
@@ -117,29 +123,3 @@ def _step(f: Tensor, point: Tensor, away: Tensor, length: Tensor) -> Tensor:
         p = r + (fresh / square.clamp_min(1e-300))[:, None] * p
         square = torch.where(active, fresh, square)
     return d
-
-
-def _search(
-    gradient: Of, x: Tensor, which: Tensor, y: Tensor, away: Tensor, direction: Tensor, going: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Find steps at which the slope along the direction is nearly 0, by doubling and bisection.
-
-    The function is convex, so its slope only rises along a line: values, which drown in rounding near the end, are not needed.
-    """
-    with torch.no_grad():
-        slope = (away * direction).sum(1)
-        share, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
-        for _ in range(_TRIALS):
-            rows = (going & (slope < 0) & (share > 0)).nonzero()[:, 0]
-            if not len(rows):
-                break
-            tried = (gradient(y[rows] + share[rows, None] * direction[rows], which[rows]) - x[rows]) * direction[rows]
-            left = tried.sum(1) / slope[rows]
-            # 1 at the start, 0 at the least value, negative beyond it.
-            short, far = left > _SHORT, left < -_FAR
-            low[rows[short]], high[rows[far]] = share[rows[short]], share[rows[far]]
-            going = going.clone()
-            going[rows[~(short | far)]] = False
-            again = rows[short | far]
-            share[again] = torch.where(high[again].isfinite(), 0.5 * (low[again] + high[again]), 2.0 * share[again])
-        return y + share[:, None] * direction, slope < 0
