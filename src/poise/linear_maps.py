@@ -58,6 +58,10 @@ class LinearMap:
                 break
         return 1.01 * value
 
+    def solve(self, right: Tensor, factor: float, weight: float) -> Tensor | None:
+        """Return the solution of `(factor A'A + weight I) x = right` where the map has a closed form for it, else None."""
+        return None
+
     def check(self, v: Tensor) -> None:
         """Refuse measurements of another shape."""
         if tuple(v.shape[1:]) != self.measured:
@@ -114,6 +118,10 @@ class Mask(LinearMap):
     def adjoint(self, v: Tensor) -> Tensor:
         return v * self.mask.to(v)
 
+    def solve(self, right: Tensor, factor: float, weight: float) -> Tensor:
+        """Divide pixel by pixel."""
+        return right / (factor * self.mask.to(right).square() + weight)
+
     @cached_property
     def norm_squared(self) -> float:
         """The square of the largest weight."""
@@ -150,6 +158,23 @@ class Blur(LinearMap):
 
     def adjoint(self, v: Tensor) -> Tensor:
         return self._correlate(v, self.kernel)
+
+    def solve(self, right: Tensor, factor: float, weight: float) -> Tensor | None:
+        """Divide frequency by frequency, where the image goes on beyond its edge."""
+        if self.padding != "circular":
+            return None
+        found: Tensor = torch.fft.irfft2(
+            torch.fft.rfft2(right) / (factor * self._power.to(right) + weight), s=right.shape[-2:]
+        )
+        return found
+
+    @cached_property
+    def _power(self) -> Tensor:
+        """The squared modulus of the kernel at each frequency, float64."""
+        point = torch.zeros(1, *self.shape, dtype=torch.float64)
+        point[..., 0, 0] = 1.0
+        power: Tensor = torch.fft.rfft2(self(point)).abs().square()
+        return power
 
     def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
         height, width = kernel.shape
@@ -205,6 +230,10 @@ class CompressedSensing(LinearMap):
         whole = v.new_zeros(len(v), math.prod(self.shape))
         whole[:, self.rows.to(v.device)] = v
         return _hartley(whole.view(-1, *self.shape)) * self.signs.to(v)
+
+    def solve(self, right: Tensor, factor: float, weight: float) -> Tensor:
+        """Shrink what is measured: A'A is a projection."""
+        return right / weight - factor / (weight * (weight + factor)) * self.normal(right)
 
     @cached_property
     def norm_squared(self) -> float:

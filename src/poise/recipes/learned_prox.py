@@ -93,7 +93,7 @@ def fit_learned_prox(
         valid: clean examples that PSNR and SSIM are measured on every `validate_every` steps, with noise that stays the same.
         steps, pretrain: see `proximal_schedule`.
         objective: another formula than the schedule's, such as "squared_error".
-        lr, matching_lr: learning rates before and after `pretrain`.
+        lr, matching_lr: learning rates before and after `pretrain`; `lr_schedule` takes their place where it is given.
         conditioned: hand the model the noise level as `condition`.
         ema: share of the old average in an exponential average of the weights, which the model has in the end; None for none.
         batch_size, solver, seed, validate_every, options: of `poise.fit`.
@@ -120,6 +120,8 @@ def fit_learned_prox(
     if held is not None and conditioned:
         options["evaluate"] = _Evaluation(held)
         held = None
+    if 0 < pretrain < steps:
+        options.setdefault("lr_schedule", piecewise((0, 1), (pretrain, matching_lr / lr)))
     callbacks = [*options.pop("callbacks", ()), *([] if ema is None else [AverageWeights(ema)])]
     return fit(
         model,
@@ -129,7 +131,6 @@ def fit_learned_prox(
         readout=Denoising(conditioned),
         solver=solver,
         lr=lr,
-        lr_schedule=piecewise((0, 1), (pretrain, matching_lr / lr)) if 0 < pretrain < steps else None,
         steps=steps,
         batch_size=batch_size,
         transform=noise,

@@ -29,7 +29,7 @@ def _arguments(schedule: Any, positional: int) -> str:
         if position < positional:
             shown.append(text(value))
         elif value != field.default:
-            shown.append(f"{field.name}={text(value)}")
+            shown.append(f"{field.name}={value!r}" if isinstance(value, str) else f"{field.name}={text(value)}")
     return ", ".join(shown)
 
 
