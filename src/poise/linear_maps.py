@@ -244,7 +244,8 @@ class CompressedSensing(LinearMap):
 def _hartley(x: Tensor) -> Tensor:
     """Return the orthonormal Hartley transform over the last two dimensions, its own inverse and adjoint."""
     spectrum = torch.fft.fft2(x, norm="ortho")
-    return spectrum.real - spectrum.imag
+    found: Tensor = spectrum.real - spectrum.imag
+    return found
 
 
 class Radon(LinearMap):
@@ -313,6 +314,5 @@ def _ramp(length: int) -> Tensor:
     place = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64).round()
     kernel = torch.where(place % 2 == 1, -1.0 / (math.pi * place) ** 2, 0.0)
     kernel[0] = 0.25
-    return 2.0 * torch.fft.rfft(kernel).real
-
-
+    found: Tensor = 2.0 * torch.fft.rfft(kernel).real
+    return found

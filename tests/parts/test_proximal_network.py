@@ -148,7 +148,9 @@ def test_the_regulariser_at_an_output_needs_no_inversion(which: int) -> None:
     prox = prox_of(which)
     y = points(prox)
     x = prox(y).detach()
-    torch.testing.assert_close(prox.regularizer_of_output(y).detach(), prox.regularizer(x, tol=1e-9), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        prox.regularizer_of_output(y).detach(), prox.regularizer(x, tol=1e-9), rtol=1e-7, atol=1e-7
+    )
     inner = (y * x).flatten(1).sum(1)
     torch.testing.assert_close(prox.conjugate(x, tol=1e-9), (inner - prox.potential(y)).detach(), rtol=1e-7, atol=1e-7)
 

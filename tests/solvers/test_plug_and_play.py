@@ -163,9 +163,7 @@ def test_pgd_and_admm_with_an_l1_penalty_solve_the_lasso() -> None:
     v = 3 * draw(1, 20, seed=3)
     expected = Lasso(alpha=2.0 / 20, fit_intercept=False, tol=1e-12, max_iter=100_000).fit(A.matrix.numpy(), v[0]).coef_
     for method in ("pgd", "admm"):
-        result = plug_and_play(
-            A, v, L1(), method=method, weight=2.0, iterations=3000, tolerance=1e-7, trace=False
-        )
+        result = plug_and_play(A, v, L1(), method=method, weight=2.0, iterations=3000, tolerance=1e-7, trace=False)
         np.testing.assert_allclose(result.x[0].numpy(), expected, atol=1e-4)
         assert result.certificate.converged
 

@@ -62,6 +62,7 @@ def test_small_widths_choose_the_mode_and_squared_error_the_mean() -> None:
     x = torch.tensor([0.0, 0.0, 1.0]).double()
     f = torch.linspace(-0.5, 1.5, 2001).double()
     spread = f[:, None].expand(-1, 3)
+
     def best(term: object) -> float:
         return float(f[torch.stack([term(spread[:, i], x[i].expand(2001)) for i in range(3)]).sum(0).argmin()])
 

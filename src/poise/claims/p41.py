@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -147,7 +148,9 @@ def on_images(name: str, seed: int, steps: int, into: OnImages, more: bool = Fal
             torch.manual_seed(seed)
             others = {"DnCNN": DnCNN(1, 32, 6), "gradient step": GradientStepDenoiser()}
         for key, model in others.items():
-            fit_learned_prox(model, train, SIGMA, steps=steps, pretrain=0, objective="squared_error", batch_size=128, seed=seed)  # fmt: skip
+            fit_learned_prox(
+                model, train, SIGMA, steps=steps, pretrain=0, objective="squared_error", batch_size=128, seed=seed
+            )
             methods[key] = model.double()
     for key, prox in methods.items():
         found[key] = _tuned(blur, seen, tune, test, lambda v, s, prox=prox: _admm(blur, v, prox, s), STRENGTHS["prox"])  # type: ignore[misc]
@@ -174,9 +177,10 @@ def _admm(blur: Blur, v: Tensor, prox: Any, strength: float) -> PlugAndPlay:
 
 
 def _variation(blur: Blur, v: Tensor, strength: float) -> PlugAndPlay:
+    penalty = TotalVariation(dims=2, tolerance=1e-4)
     return plug_and_play(
-        blur, v, TotalVariation(dims=2, tolerance=1e-4), method="admm", rho=0.1, weight=strength, iterations=50, guarantee=False, trace=False
-    )  # fmt: skip
+        blur, v, penalty, method="admm", rho=0.1, weight=strength, iterations=50, guarantee=False, trace=False
+    )
 
 
 def _tuned(
@@ -234,7 +238,7 @@ def judge(line: Mapping[str, OnTheLine], images: Mapping[str, OnImages]) -> Find
     for name, each in images.items():
         if sum(each.rises):
             reasons.append(f"the objective of PnP-PGD rose {sum(each.rises)} times on {name}")
-    if not all(a < b for row in digits.profile for a, b in zip(row, row[1:], strict=False)):
+    if not all(a < b for row in digits.profile for a, b in pairwise(row)):
         reasons.append("the prior of digits does not rise with noise at every level")
     figures = {f"rmse/{name}": value for name, value in rmse.items()}
     figures |= {f"f(2)/{name}": value for name, value in at_two.items()}
@@ -243,7 +247,9 @@ def judge(line: Mapping[str, OnTheLine], images: Mapping[str, OnImages]) -> Find
         figures |= {f"psnr/{name}/{method}": each.mean(method) for method in each.psnr}
         figures |= {f"rises/{name}": float(sum(each.rises)), f"residual/{name}": max(each.residual)}
         figures |= {f"prior/{name}/{i}": fmean(row[i] for row in each.profile) for i in range(len(each.profile[0]))}
-    shown = ", ".join(f"{name} {value:.3f} (f(2) {at_two[name]:.3f}, theory {POSTERIOR[name]:g})" for name, value in rmse.items())
+    shown = ", ".join(
+        f"{name} {value:.3f} (f(2) {at_two[name]:.3f}, theory {POSTERIOR[name]:g})" for name, value in rmse.items()
+    )
     measured = (
         f"distance to soft-thresholding: {shown}; deblurring "
         + "; ".join(
@@ -252,8 +258,8 @@ def judge(line: Mapping[str, OnTheLine], images: Mapping[str, OnImages]) -> Find
         )
         + f"; rises of the PGD objective {sum(sum(e.rises) for e in images.values())}; prior of digits at noise 0 to 0.3 "
         + " ".join(f"{fmean(row[i] for row in digits.profile):.2f}" for i in range(len(digits.profile[0])))
-        + " (paper: soft-thresholding and |x| recovered by matching alone; on CelebA, CT and compressed sensing on a par with or above other "
-        "plug-and-play denoisers)"
+        + " (paper: soft-thresholding and |x| recovered by matching alone; on CelebA, CT and compressed sensing on a par with or above "
+        "other plug-and-play denoisers)"
     )
     return Finding("fails" if reasons else "holds", measured, "; ".join(reasons), figures)
 
@@ -265,8 +271,8 @@ CLAIM = Claim(
         "(soft-thresholding for Laplace data), and plug and play with it converges and reconstructs on a par with or above other denoisers."
     ),
     expected=(
-        "Distance to soft-thresholding: matching < absolute error < squared error, by a factor of 2 between the ends; deblurring digits above "
-        "total variation; the objective of PnP-PGD never rises; the prior of digits rises with noise from 0 to 0.3."
+        "Distance to soft-thresholding: matching < absolute error < squared error, by a factor of 2 between the ends; deblurring digits "
+        "above total variation; the objective of PnP-PGD never rises; the prior of digits rises with noise from 0 to 0.3."
     ),
     falsified=(
         "Proximal matching is not nearer to soft-thresholding than squared error, PSNR is not above that of total variation, the objective "

@@ -52,7 +52,8 @@ class Patchwise(nn.Module):
         n = self.size
         patches = torch.stack([y[..., r : r + n, c : c + n] for r, c in corners])
         flat = patches.flatten(0, 1)
-        cleaned = torch.cat([self.denoiser(part) for part in flat.split(self.batch)]).view_as(patches)
+        parts = [self.denoiser(flat[i : i + self.batch]) for i in range(0, len(flat), self.batch)]
+        cleaned = torch.cat(parts).view_as(patches)
         total, count = torch.zeros_like(y), y.new_zeros(1, 1, height, width)
         for (r, c), patch in zip(corners, cleaned, strict=True):
             pad = (c, width - c - n, r, height - r - n)

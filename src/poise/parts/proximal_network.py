@@ -7,7 +7,7 @@ of a convex potential (Moreau; Gribonval and Nikolova). So take a network psi th
     f(y)   = grad psi(y)                                W_k, w >= 0,  g convex and not decreasing
     R(x)   = <y, x> - 1/2 ||x||^2 - psi(y)              at y = f^(-1)(x)
 
-R may be nonconvex; it is known up to one constant, so compare R(x) - R(reference). It is strongly determined where alpha > 0: then f is one to one.
+R may be nonconvex. It is known up to one constant, so compare R(x) - R(reference). With alpha > 0, f is one to one and R is unique.
 
     prox = LearnedProx(ICNN(64, hidden=256, layers=2, strong=0.01))
     denoised = prox(noisy)
@@ -495,8 +495,9 @@ class LearnedProx(nn.Module):
         missed = residual > tol
         if bool(missed.any()):
             warnings.warn(
-                f"invert: {int(missed.sum())} of {len(x)} examples are not inverted to {tol:g} (largest residual {float(residual.max()):.2g}), "
-                "so their prior is not reliable. They may lie outside what the network can put out (strong=0), or need more iterations.",
+                f"invert: {int(missed.sum())} of {len(x)} examples are not inverted to {tol:g} (largest residual "
+                f"{float(residual.max()):.2g}), so their prior is not reliable. They may lie outside of what the network "
+                "can put out (strong=0), or need more iterations.",
                 PoiseWarning,
                 stacklevel=2,
             )
@@ -647,4 +648,3 @@ def _power(times: Callable[[Tensor], Tensor], first: Tensor, iterations: int) ->
 def _spread(number: Tensor, like: Tensor) -> Tensor:
     """Return one number an example in a form that multiplies examples."""
     return number.view(-1, *[1] * (like.dim() - 1))
-

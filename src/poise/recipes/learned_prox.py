@@ -46,7 +46,7 @@ def proximal_schedule(
         steps: of the whole training.
         pretrain: steps on absolute error (its mean over numbers); half of `steps` where nothing is said.
         stages: values of gamma.
-        start, stop: first and last gamma; stop is 0.8 sigma sqrt(n), a little below the residual of a good denoiser, and start 8 times that.
+        start, stop: first and last gamma; stop is 0.8 sigma sqrt(n), a little below the residual of a good denoiser, start 8 times that.
 
     >>> proximal_schedule(1, 1.0, steps=200, start=0.5, stop=0.1)[:55]
     'piecewise((0, 1), (100, 0))*absolute_error + piecewise('
@@ -62,7 +62,9 @@ def proximal_schedule(
     if not pretrain:
         return matching
     before = text(1 / numbers)
-    return f"{piecewise((0, float(before)), (pretrain, 0))}*absolute_error + {piecewise((0, 0), (pretrain, 1))}*{matching}"
+    return (
+        f"{piecewise((0, float(before)), (pretrain, 0))}*absolute_error + {piecewise((0, 0), (pretrain, 1))}*{matching}"
+    )
 
 
 def fit_learned_prox(

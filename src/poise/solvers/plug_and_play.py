@@ -7,9 +7,9 @@
            u <- u + x - z,   z <- f(x + u)
 
 Where f is the proximal operator of R (a `LearnedProx`), this is the exact objective, and it is known at every iterate without inverting f:
-R(f(y)) = <y, f> - 1/2 ||f||^2 - psi(y), since y is what f was just applied to. Within the bounds on the right both methods converge to fixed
-points, also for nonconvex R, and the objective of pgd falls at every iteration. A penalty with `prox(point, step)` and `value` is taken at
-its own weight. Any other denoiser runs too; nothing is known of its objective then.
+R(f(y)) = <y, f> - 1/2 ||f||^2 - psi(y), since y is what f was just applied to. Within the bounds on the right both methods converge to
+fixed points, also for nonconvex R, and the objective of pgd falls at every iteration. A penalty with `prox(point, step)` and `value` is
+taken at its own weight. Any other denoiser runs too; nothing is known of its objective then.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class PlugAndPlay:
     def rises(self, tolerance: float = 1e-6) -> int:
         """Return how often the objective of an example rose by more than a share of its range; 0 for pgd within its bound."""
         if self.objective is None:
-            raise InputError("The objective is not known: this denoiser is no proximal operator of a known regulariser.")
+            raise InputError(
+                "The objective is not known: this denoiser is no proximal operator of a known regulariser."
+            )
         span = (self.objective.amax(0) - self.objective.amin(0)).clamp_min(torch.finfo(torch.float64).tiny)
         return int((self.objective.diff(dim=0) > tolerance * span).sum())
 
@@ -204,7 +206,14 @@ class _Run:
     """What both methods record."""
 
     def __init__(
-        self, A: LinearMap, v: Tensor, prox: _Prox, iterations: int, tolerance: float | None, reference: Tensor | None, trace: bool
+        self,
+        A: LinearMap,
+        v: Tensor,
+        prox: _Prox,
+        iterations: int,
+        tolerance: float | None,
+        reference: Tensor | None,
+        trace: bool,
     ) -> None:
         self.A, self.v, self.prox = A, v, prox
         self.iterations, self.tolerance, self.reference, self.trace = iterations, tolerance, reference, trace
@@ -256,9 +265,7 @@ class _Run:
             history[-1] if history else float("nan"), last, wanted, "largest relative fixed-point residual", made, status, history=history
         )  # fmt: skip
         psnr = torch.stack(self.psnr) if self.psnr else None
-        return PlugAndPlay(
-            self.x, certificate, objective, fits, residuals, psnr, self.prox.weight, method, exact
-        )
+        return PlugAndPlay(self.x, certificate, objective, fits, residuals, psnr, self.prox.weight, method, exact)
 
 
 def _pgd(run: _Run, x: Tensor, eta: float, bounds: tuple[float, float] | None) -> None:
@@ -276,9 +283,7 @@ def _pgd(run: _Run, x: Tensor, eta: float, bounds: tuple[float, float] | None) -
             break
 
 
-def _admm(
-    run: _Run, x: Tensor, rho: float, scale: float, bounds: tuple[float, float] | None, order: str
-) -> None:
+def _admm(run: _Run, x: Tensor, rho: float, scale: float, bounds: tuple[float, float] | None, order: str) -> None:
     """x from the data, z from the prior, u the multiplier; w and its multiplier where values are bounded."""
     z, u = x.clone(), torch.zeros_like(x)
     w, uw = (x.clamp(*bounds), torch.zeros_like(x)) if bounds is not None else (None, None)
@@ -349,15 +354,13 @@ def _known(prox: Any, weight: float | None, condition: Tensor | None, implied: f
     """Return f with what is known of its regulariser."""
     if hasattr(prox, "prox") and hasattr(prox, "value"):
         if weight is None or not weight > 0:
-            raise InputError(
-                f"plug_and_play: a penalty needs weight > 0, what it is multiplied with; it is {weight}."
-            )
+            raise InputError(f"plug_and_play: a penalty needs weight > 0, what it is multiplied with; it is {weight}.")
         # pgd takes the map at eta * lambda, admm at lambda * 2 s / rho: both are lambda / (what a learned operator implies).
         return _Penalty(prox, weight, weight / implied)
     if weight is not None:
         raise InputError(
-            "plug_and_play: weight belongs to a penalty. The strength of a denoiser is its own; how much it counts beside the data is set by "
-            "step (lambda = 1 / step) or by rho and scale (lambda = rho / (2 scale))."
+            "plug_and_play: weight belongs to a penalty. The strength of a denoiser is its own; how much it counts beside the data is "
+            "set by step (lambda = 1 / step) or by rho and scale (lambda = rho / (2 scale))."
         )
     if hasattr(prox, "regularizer_of_output"):
         check = getattr(prox, "check", None)
@@ -390,15 +393,15 @@ def _check(
 def _check_theory(method: str, eta: float, rho: float, scale: float, bound: float) -> None:
     if method == "pgd" and eta * bound >= 1:
         warnings.warn(
-            f"plug_and_play: step = {eta:.3g} is not below 1 / ||A'A|| = {1 / bound:.3g}, so convergence is not guaranteed. Take a smaller step, "
-            "or guarantee=False to leave it at that.",
+            f"plug_and_play: step = {eta:.3g} is not below 1 / ||A'A|| = {1 / bound:.3g}, so convergence is not guaranteed. "
+            "Take a smaller step, or guarantee=False to leave it at that.",
             PoiseWarning,
             stacklevel=3,
         )
     if method == "admm" and rho <= 2 * scale * bound:
         warnings.warn(
-            f"plug_and_play: rho = {rho:.3g} is not above 2 scale ||A'A|| = {2 * scale * bound:.3g}, so convergence is not guaranteed. Take a larger "
-            "rho, or guarantee=False to leave it at that.",
+            f"plug_and_play: rho = {rho:.3g} is not above 2 scale ||A'A|| = {2 * scale * bound:.3g}, so convergence is not "
+            "guaranteed. Take a larger rho, or guarantee=False to leave it at that.",
             PoiseWarning,
             stacklevel=3,
         )

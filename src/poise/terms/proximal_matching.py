@@ -101,7 +101,9 @@ class ProximalMatching(Term):
             return float(self.gamma)
         gamma = float(self.gamma.value(clock))
         if not gamma > 0:
-            raise InputError(f"proximal_matching: gamma must be positive, and {self.gamma} gives {gamma} at step {clock.step}.")
+            raise InputError(
+                f"proximal_matching: gamma must be positive, and {self.gamma} gives {gamma} at step {clock.step}."
+            )
         return gamma
 
     def _warn_once(self, values: Tensor, gamma: float) -> None:

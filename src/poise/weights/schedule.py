@@ -203,7 +203,9 @@ class GammaLadder(Coefficient):
 
     def __post_init__(self) -> None:
         if not (0 < self.start < math.inf and 0 < self.stop < math.inf):
-            raise InputError(f"gamma_ladder: start and stop must be positive, and they are {self.start} and {self.stop}.")
+            raise InputError(
+                f"gamma_ladder: start and stop must be positive, and they are {self.start} and {self.stop}."
+            )
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
             raise InputError(f"gamma_ladder: stages is an integer of at least 2, and it is {self.stages!r}.")
         if self.spacing not in ("geometric", "linear"):
