@@ -197,7 +197,7 @@ def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
     images = torch.tensor(load_digits().data, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive(seed, "digits")))
-    train, tune, test = images[order].split([1000, 100, len(images) - 1100])
+    train, tune, test = torch.split(images[order], [1000, 100, len(images) - 1100])
     return train, tune, test
 
 

@@ -246,7 +246,7 @@ class ICNN(_NonNegativeWeights):
         bias = self.skip.bias
         if self.context is not None:
             bias = bias + self.context(_condition(y, condition, self.condition))
-        return self.skip.weight.split(widths), bias.split(widths, dim=-1)
+        return torch.split(self.skip.weight, widths), torch.split(bias, widths, dim=-1)
 
     def _before(self, y: Tensor, H: tuple[Tensor, ...], b: tuple[Tensor, ...], inner: list[Tensor]) -> list[Tensor]:
         """Return what the activations are applied to, layer by layer."""

@@ -33,7 +33,7 @@ class ProjectModules:
         >>> from poise.parts import ICNN
         >>> net = ICNN(2, hidden=3)
         >>> with torch.no_grad():
-        ...     net.positive[0].fill_(-1.0)
+        ...     _ = net.positive[0].fill_(-1.0)
         >>> ProjectModules(net)(); float(net.positive[0].detach().min())
         0.0
     """
