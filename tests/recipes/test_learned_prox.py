@@ -13,7 +13,7 @@ from poise.data.denoising import AddNoise
 from poise.errors import IncompatibleError, InputError
 from poise.insight import prior_profile
 from poise.parts import ICNN, DnCNN, LearnedProx
-from poise.recipes import AverageWeights, fit_learned_prox, proximal_schedule
+from poise.recipes import AverageWeights, WatchProx, fit_learned_prox, proximal_schedule
 
 
 def clean(n: int = 48, seed: int = 0) -> torch.Tensor:
@@ -95,6 +95,17 @@ def test_the_average_of_the_weights_is_what_the_model_has_in_the_end() -> None:
         torch.testing.assert_close(weight, expected)
     with pytest.raises(InputError, match="keep"):
         AverageWeights(1.0)
+
+
+def test_a_watched_run_draws_eigenvalue_zeros_and_a_yardstick() -> None:
+    watch = WatchProx(clean(4), 0.1, gamma=0.64, every=2)
+    run = fit_learned_prox(prox(), clean(), steps=4, callbacks=[watch])
+    assert run.history.steps("prox/matching") == [2, 4]
+    # At least 2 alpha, as far as power iteration tells in float32.
+    assert min(run.history["prox/smallest_eigenvalue"]) >= 0.02 - 1e-4
+    assert 0 <= run.history["prox/zero_share"][-1] <= 1
+    with pytest.raises(InputError, match="gamma and every"):
+        WatchProx(clean(4), 0.1, gamma=0.0)
 
 
 def test_the_profile_of_a_square_prior_is_known() -> None:

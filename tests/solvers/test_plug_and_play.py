@@ -222,6 +222,25 @@ def test_float32_stays_float32() -> None:
         assert result.objective.shape == (3, 2)
 
 
+@pytest.mark.peer
+def test_pgd_is_that_of_deepinv() -> None:
+    deepinv = pytest.importorskip("deepinv")
+    kernel = gaussian_kernel(5, 1.0)
+    A, prox = Blur(kernel, (1, 8, 8)), prox_of()
+    v = A(draw(3, 1, 8, 8))
+    physics = deepinv.physics.Blur(filter=kernel[None, None], padding="circular")
+    peer = deepinv.optim.PGD(
+        data_fidelity=deepinv.optim.data_fidelity.L2(),
+        prior=deepinv.optim.prior.PnP(lambda y, sigma: prox(y)),
+        stepsize=0.9,
+        max_iter=20,
+        early_stop=False,
+    )
+    with torch.no_grad():
+        expected = peer(v, physics)
+    torch.testing.assert_close(plug_and_play(A, v, prox, step=0.9, iterations=20).x, expected, rtol=1e-6, atol=1e-6)
+
+
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 

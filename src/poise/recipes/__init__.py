@@ -23,6 +23,7 @@ _HOME: dict[str, str] = {
     "SelfRewardRound": "self_reward",
     "SelfRewarding": "self_reward",
     "Student": "distillation_chain",
+    "WatchProx": "learned_prox",
     "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
     "fit_learned_prox": "learned_prox",

@@ -26,7 +26,7 @@ from poise.run import FitState, Run
 from poise.training import fit
 from poise.weights.schedule import GammaLadder, piecewise
 
-__all__ = ["AverageWeights", "fit_learned_prox", "proximal_schedule"]
+__all__ = ["AverageWeights", "WatchProx", "fit_learned_prox", "proximal_schedule"]
 
 
 def proximal_schedule(
@@ -156,6 +156,43 @@ class _Evaluation:
         device = next(model.parameters()).device
         noisy, clean, level = (self.held[name].to(device) for name in ("input", "target", "noise_level"))
         return denoising_metrics(model(noisy, condition=level), clean)
+
+
+class WatchProx:
+    """Callback of `poise.fit` that draws, as curves of the run, what tells a proximal operator in training.
+
+    "prox/smallest_eigenvalue" of the Jacobian over some noisy examples, by power iteration; "prox/zero_share" of the nonnegative weights;
+    "prox/matching", the proximal matching loss at one gamma, which unlike the trained one means the same in every stage.
+
+    Args:
+        clean: examples [batch, ...]; a few dozen are enough.
+        sigma: noise that is put on them, drawn once.
+        gamma: of the yardstick; the last of the ladder.
+        every: steps between points.
+        iterations: of the power iteration.
+    """
+
+    def __init__(self, clean: Tensor, sigma: float, gamma: float, every: int = 500, iterations: int = 30) -> None:
+        if not (gamma > 0 and every >= 1):
+            raise InputError(f"WatchProx: gamma and every are positive, and they are {gamma} and {every}.")
+        self.clean, self.gamma, self.every, self.iterations = clean, gamma, every, iterations
+        self.noisy = AddNoise(sigma)({"input": clean}, torch.Generator().manual_seed(0))["input"]
+
+    def on_step_end(self, state: FitState) -> None:
+        """Add a point to each curve where it is due."""
+        if state.step % self.every:
+            return
+        model: Any = state.model
+        device = next(model.parameters()).device
+        noisy, clean = self.noisy.to(device), self.clean.to(device)
+        with torch.no_grad():
+            square = (model(noisy) - clean).flatten(1).square().sum(1)
+        state.history.add("prox/matching", state.step, float(-torch.expm1(-square / self.gamma**2).mean()))
+        least = model.smallest_eigenvalue(noisy, self.iterations).min()
+        state.history.add("prox/smallest_eigenvalue", state.step, float(least))
+        share = getattr(model.psi, "zero_share", None)
+        if share is not None:
+            state.history.add("prox/zero_share", state.step, share)
 
 
 class AverageWeights:

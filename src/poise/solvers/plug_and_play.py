@@ -354,7 +354,8 @@ def _spread(number: Tensor, like: Tensor) -> Tensor:
 def _relative(change: Tensor, x: Tensor) -> Tensor:
     """Return `||change|| / ||x||` of each example, float64 [batch]."""
     moved, length = (torch.linalg.vector_norm(t.flatten(1).double(), dim=1) for t in (change, x))
-    return moved / length.clamp_min(torch.finfo(torch.float32).tiny)
+    share: Tensor = moved / length.clamp_min(torch.finfo(torch.float32).tiny)
+    return share
 
 
 def _known(prox: Any, weight: float | None, condition: Tensor | None, implied: float) -> _Prox:
