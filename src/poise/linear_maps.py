@@ -267,6 +267,7 @@ class Radon(LinearMap):
         self.size, self.angles = size, angles.double()
         self.shape, self.measured = (1, size, size), (len(angles), size)
         self.matrix = self._matrix()
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def _matrix(self) -> Tensor:
         """Return the whole map as a sparse matrix [angles * size, size^2], float64: each ray's bilinear weights."""
@@ -295,10 +296,18 @@ class Radon(LinearMap):
         return found.coalesce()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (self.matrix.to(x) @ x.flatten(1).mT).mT.reshape(len(x), *self.measured)
+        return (self._at(x)[0] @ x.flatten(1).mT).mT.reshape(len(x), *self.measured)
 
     def adjoint(self, v: Tensor) -> Tensor:
-        return (self.matrix.to(v).t() @ v.flatten(1).mT).mT.reshape(len(v), *self.shape)
+        return (self._at(v)[1] @ v.flatten(1).mT).mT.reshape(len(v), *self.shape)
+
+    def _at(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the matrix and its transpose in a tensor's precision, on its device; those of the last call are kept."""
+        kept = self._kept
+        if kept is None or kept[0].dtype != like.dtype or kept[0].device != like.device:
+            matrix = self.matrix.to(like)
+            self._kept = kept = (matrix, matrix.t().coalesce())
+        return kept
 
     def back_projection(self, v: Tensor) -> Tensor:
         """Return the filtered back projection of v, [batch, 1, size, size]: where tomography starts."""
