@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from poise.readouts.activations import ActivationStream, activations_of
 from poise.readouts.autoencoder import Autoencoding
+from poise.readouts.denoising import Denoising
 from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
@@ -18,6 +19,7 @@ __all__ = [
     "Autoencoding",
     "Choices",
     "Classification",
+    "Denoising",
     "DomainFeatures",
     "Language",
     "OnPolicy",

@@ -7,39 +7,44 @@ from typing import Any
 from poise.lazy import load
 from poise.parameter_groups import parameter_groups
 
+# At once, because function and file share a name and the function is what users mean.
+from poise.solvers.plug_and_play import plug_and_play
+
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",
     "AdamW": "torch_optimizers",
+    "as_solver": "torch_optimizers",
+    "ClampWeights": "projection",
     "Compositional": "compositional",
+    "cubic_newton": "newton_rivals",
+    "entropic_transport": "transport_baselines",
+    "follow_requests": "projection",
+    "gradient_method": "newton_rivals",
     "GradientNormalizedNewton": "newton",
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
+    "linear_transport": "transport_baselines",
     "Lion": "lion",
-    "ProximalGradient": "proximal",
-    "RMSprop": "torch_optimizers",
-    "Rival": "newton_rivals",
-    "SGD": "torch_optimizers",
-    "SparseTransport": "transport_estimator",
-    "TorchOptimizer": "torch_optimizers",
-    "SelfDistillationKRR": "kernel_distillation",
-    "Spectrum": "kernel_distillation",
-    "ClampWeights": "projection",
-    "MaxNorm": "projection",
-    "TransportResult": "transport",
-    "UnitNorm": "projection",
-    "as_solver": "torch_optimizers",
     "lion_from_adamw": "lion",
     "lion_grid": "lion",
-    "entropic_transport": "transport_baselines",
-    "follow_requests": "projection",
-    "linear_transport": "transport_baselines",
+    "MaxNorm": "projection",
+    "PlugAndPlay": "plug_and_play",
+    "ProjectModules": "projection",
+    "ProximalGradient": "proximal",
+    "Rival": "newton_rivals",
+    "RMSprop": "torch_optimizers",
+    "SelfDistillationKRR": "kernel_distillation",
+    "SGD": "torch_optimizers",
     "sparse_transport": "transport",
-    "cubic_newton": "newton_rivals",
-    "gradient_method": "newton_rivals",
+    "SparseTransport": "transport_estimator",
+    "Spectrum": "kernel_distillation",
     "super_universal_newton": "newton_rivals",
+    "TorchOptimizer": "torch_optimizers",
+    "TransportResult": "transport",
+    "UnitNorm": "projection",
 }
 
-__all__ = ["parameter_groups", *sorted(_HOME)]
+__all__ = ["parameter_groups", "plug_and_play", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,8 @@ Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 class TorchOptimizer:
     """A `torch.optim` optimiser as a solver.
 
+    Modules that say how their weights are projected (`project_()`, as an `ICNN` does) are projected after every step.
+
     Args:
         optimizer: a name ("sgd", "adamw", "lion", ...), a class, or an object that holds its parameters already.
         clip: largest Euclidean norm of the gradient; a longer one is scaled down to it. None leaves it.

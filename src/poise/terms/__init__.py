@@ -81,6 +81,7 @@ CATALOGUE: dict[str, str] = {
     "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
     "reconstruction": "poise.terms.autoencoder:Reconstruction",
+    "proximal_matching": "poise.terms.proximal_matching:ProximalMatching",
     "reference_kl": "poise.terms.regularised_reward:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient.reinforce:Reinforce",
