@@ -70,14 +70,14 @@ def test_learned_steps_are_the_solver_run_with_this_list(form: Any) -> None:
 
 
 def test_many_layers_reach_the_lasso_of_coordinate_descent() -> None:
-    A, y = problem()
+    A, y = problem(batch=4)
     model = Unfolded("ista", layers=1, weight=0.05, beyond="safe").double()
     with torch.no_grad():
-        x = model(A, y, layers=4000)
+        x = model(A, y, layers=1500)
     exact = coordinate_lasso(A, y, 0.05, tolerance=1e-12)
-    assert float(lasso_gap(A, y, x, 0.05).max()) < 1e-9
+    assert float(lasso_gap(A, y, x, 0.05).max()) < 1e-6
     torch.testing.assert_close(x, exact.x, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.objective(A, y, x), exact.objective, atol=1e-9, rtol=0)
+    torch.testing.assert_close(model.objective(A, y, x), exact.objective, atol=1e-8, rtol=0)
 
 
 def test_with_the_identity_one_layer_is_the_proximal_map() -> None:

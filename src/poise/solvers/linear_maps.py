@@ -52,7 +52,7 @@ class LinearMap:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        self.apply, self.adjoint, self.shape = apply, adjoint, (int(shape[0]), int(shape[1]))
+        self._apply, self._adjoint, self.shape = apply, adjoint, (int(shape[0]), int(shape[1]))
         self.dtype, self.device = dtype, torch.device(device or "cpu")
         self._lipschitz = None if lipschitz is None else torch.as_tensor(lipschitz)
         if self._lipschitz is not None and not bool((self._lipschitz > 0).all()):
@@ -66,6 +66,14 @@ class LinearMap:
         if self._lipschitz is None:
             self._lipschitz = _power_iteration(self)
         return self._lipschitz
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return `A x`."""
+        return self._apply(x)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """Return `A' r`."""
+        return self._adjoint(r)
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `y - A x`."""
@@ -84,13 +92,14 @@ class _Dense(LinearMap):
 
     @property
     def lipschitz(self) -> Tensor:
-        return _remembered(self.matrix, "lipschitz", largest_eigenvalue)
+        found: Tensor = _remembered(self.matrix, "lipschitz", largest_eigenvalue)
+        return found
 
-    def apply(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def apply(self, x: Tensor) -> Tensor:
         assert self.matrix is not None
         return x @ self.matrix.mT
 
-    def adjoint(self, r: Tensor) -> Tensor:  # type: ignore[override]
+    def adjoint(self, r: Tensor) -> Tensor:
         assert self.matrix is not None
         return r @ self.matrix.conj()
 
@@ -99,7 +108,8 @@ class _Dense(LinearMap):
         return torch.addmm(y, x, self.matrix.mT, alpha=-1)
 
     def gram(self) -> Tensor | None:
-        return _remembered(self.matrix, "gram", lambda matrix: matrix.mH @ matrix)
+        found: Tensor = _remembered(self.matrix, "gram", lambda matrix: matrix.mH @ matrix)
+        return found
 
 
 class _Batch(LinearMap):
@@ -110,13 +120,14 @@ class _Batch(LinearMap):
 
     @property
     def lipschitz(self) -> Tensor:
-        return _remembered(self.matrix, "lipschitz", largest_eigenvalue)[:, None]
+        found: Tensor = _remembered(self.matrix, "lipschitz", largest_eigenvalue)
+        return found[:, None]
 
-    def apply(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def apply(self, x: Tensor) -> Tensor:
         assert self.matrix is not None
         return (self.matrix @ x[..., None])[..., 0]
 
-    def adjoint(self, r: Tensor) -> Tensor:  # type: ignore[override]
+    def adjoint(self, r: Tensor) -> Tensor:
         assert self.matrix is not None
         return (self.matrix.mH @ r[..., None])[..., 0]
 
@@ -166,7 +177,8 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
     """
     with torch.no_grad():
         if min(matrix.shape[-2:]) <= DENSE:
-            return torch.linalg.svdvals(matrix)[..., 0].square()
+            found: Tensor = torch.linalg.svdvals(matrix)[..., 0].square()
+            return found
         if matrix.ndim == 3:
             return torch.stack([largest_eigenvalue(each) for each in matrix])
         return _power_iteration(_Dense(matrix))

@@ -30,6 +30,8 @@ __all__ = [
 ]  # fmt: skip
 
 
+EVERY = 10
+"""Iterations between two looks at the residual."""
 GROWTH = 1.5
 """By how much backtracking tries to lengthen a step, every iteration."""
 
@@ -45,7 +47,7 @@ class Recovery:
         tolerance: of the residual.
         iterations: that were made.
         status: "converged", or why not.
-        history: the mean objective after every iteration.
+        history: the mean objective after every tenth iteration and at the end.
         trace: every iterate `[iterations, batch, n]` where it was asked for.
     """
 
@@ -146,11 +148,13 @@ def _iterate(
         following = 0.5 * (1 + math.sqrt(1 + 4 * inertia**2)) if momentum else 1.0
         point = fresh + (inertia - 1) / following * (fresh - x) if momentum else fresh
         x, inertia, made = fresh, following, made + 1
-        history.append(float(model.objective(A, y, x).mean()))
         if trace:
             kept.append(x)
+        if made % EVERY and made < most:
+            continue
+        history.append(float(model.objective(A, y, x).mean()))
         looks = steps is None or len(steps) == 1
-        if looks and made % 10 == 0 and bool((_residual(model, A, y, x) <= tolerance).all()):
+        if looks and bool((_residual(model, A, y, x) <= tolerance).all()):
             break
     return x, made, history, kept
 

@@ -43,7 +43,7 @@ class Unfolded(nn.Module):
         penalty: h: any penalty of `poise.penalties` or closed convex set with a proximal map; `Scaled` carries its own weight.
         weight: of h, finite and >= 0; without meaning for `TopK`.
         learn: what is learned: "step" (a_t); "threshold" (s_t: the layer's proximal step is then `s_t weight / L`, whatever its gradient
-            step is); "matrices" (LISTA, with "threshold": `x_t = prox(W y + S x_(t-1), s_t weight / L)`, W and S start at A'/L and 1 - A'A/L).
+            step is); "matrices" (LISTA, with "threshold": `x_t = prox(W y + S x_(t-1), s_t weight / L)`, W, S start at A'/L, 1 - A'A/L).
         shared: one number for all layers.
         tied: one pair of matrices for all layers.
         operator: the matrix that LISTA's matrices start from.
@@ -203,11 +203,13 @@ class Unfolded(nn.Module):
         segment = self.segment if self.segment and torch.is_grad_enabled() else depth
         for first in range(0, depth, segment):
             part = range(first, min(first + segment, depth))
-            made = run.layers(x, part) if segment == depth else checkpoint(run.layers, x, part, use_reentrant=False)
-            outputs += made
+            wanted = (x, part, trace)
+            made = run.layers(*wanted) if segment == depth else checkpoint(run.layers, *wanted, use_reentrant=False)
+            outputs = outputs + made if trace else made
             x = made[-1]
         last = outputs[-1]
-        require_gradient(self.penalty, run.probe, last)
+        if torch.is_grad_enabled():
+            require_gradient(self.penalty, self.step if self.threshold is None else self.threshold, last)
         single = y.ndim == 1
         last = last[0] if single else last
         if not trace:
@@ -271,18 +273,15 @@ class _Run:
         # one backward pass of unbind() in place of one of every index
         self.step = model.step.unbind()
         self.threshold = None if model.threshold is None else model.threshold.unbind()
-        learned = (
-            y.detach() if not torch.is_grad_enabled() else model.step if self.threshold is None else model.threshold
-        )
-        self.probe = learned
-        encoded = model.encode and model.start_lipschitz is not None
-        self.unit = 1.0 / (model.start_lipschitz.to(y.real.dtype) if encoded else self.bound)
+        start = model.start_lipschitz
+        self.unit = 1.0 / (self.bound if start is None else start.to(y.real.dtype))
 
-    def layers(self, x: Tensor | None, which: range) -> list[Tensor]:
-        made = []
+    def layers(self, x: Tensor | None, which: range, every: bool) -> list[Tensor]:
+        """Return the outputs of some layers, or of the last of them alone."""
+        made: list[Tensor] = []
         for t in which:
             x = self._learned(x, t) if self.model.encode else self._gradient(x, t)
-            made.append(x)
+            made = [*made, x] if every else [x]
         return made
 
     def _gradient(self, x: Tensor | None, t: int) -> Tensor:

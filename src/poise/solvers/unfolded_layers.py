@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError
-from poise.operators import largest, require_count
-from poise.penalties import L0, L1, Penalty
+from poise.operators import Box, Simplex, largest, require_count
+from poise.penalties import L0, L1, Indicator, Penalty, SparseSimplex
 
 __all__ = ["TopK", "charge_by_row", "hard_threshold", "prox_by_row", "shrink"]
 
@@ -88,7 +88,7 @@ def prox_by_row(penalty: Any, temperature: float | None = None) -> Prox:
     if isinstance(penalty, L0):
         return lambda point, step: hard_threshold(point, (2 * step).sqrt(), temperature)
     if _rows_are_apart(penalty):
-        return lambda point, step: penalty.prox(point, step)  # type: ignore[no-any-return]
+        return lambda point, step: penalty.prox(point, step)
     return lambda point, step: _each_row(penalty.prox, point, step)
 
 
@@ -102,9 +102,10 @@ def charge_by_row(penalty: Any, x: Tensor) -> Tensor:
 
 
 def _rows_are_apart(penalty: Any) -> bool:
-    return bool(getattr(penalty, "separable", False) or getattr(penalty, "is_separable", False)) or isinstance(
-        penalty, TopK
-    )
+    if isinstance(penalty, Indicator):
+        return _rows_are_apart(penalty.region)
+    entries = getattr(penalty, "separable", False) or getattr(penalty, "is_separable", False)
+    return bool(entries) or isinstance(penalty, Box | Simplex | SparseSimplex | TopK)
 
 
 def _each_row(function: Callable[..., Tensor], point: Tensor, *steps: Tensor) -> Tensor:

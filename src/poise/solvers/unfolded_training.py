@@ -37,10 +37,17 @@ class Measured(Protocol):
     `labelled [batch]` marks the signals that may be looked at; None is all of them.
     """
 
-    operator: Any
-    y: Tensor
-    x: Tensor | None
-    labelled: Tensor | None
+    @property
+    def operator(self) -> Any: ...
+
+    @property
+    def y(self) -> Tensor: ...
+
+    @property
+    def x(self) -> Tensor | None: ...
+
+    @property
+    def labelled(self) -> Tensor | None: ...
 
 
 Sampler = Callable[[int, torch.Generator], Measured]
