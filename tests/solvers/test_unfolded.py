@@ -61,7 +61,7 @@ def test_learned_steps_are_the_solver_run_with_this_list(form: Any) -> None:
     A, y = problem()
     model = Unfolded(form, layers=6, weight=0.05, gram=False).double()
     with torch.no_grad():
-        model.step.copy_(0.5 + 0.4 * torch.arange(6))
+        model.set_steps(0.5 + 0.4 * torch.arange(6))
     result = recover(A, y, model.penalty, weight=0.05, step=model.export(A))
     torch.testing.assert_close(result.x, model(A, y).detach(), atol=1e-14, rtol=0)
     torch.testing.assert_close(
@@ -294,6 +294,18 @@ def test_the_analytic_weights_are_the_least_coherent_ones_and_can_be_unfolded() 
     model = Unfolded("ista", 3, weight=0.05, learn=("step", "threshold"), adjoint=W)
     model(A, y).sum().backward()
     assert model.step.grad is not None
+
+
+def test_given_steps_are_the_start() -> None:
+    A, _ = problem()
+    model = Unfolded("ista", 3, weight=0.05)
+    model.set_steps([0.5, 1.5, 1.0])
+    torch.testing.assert_close(model.steps, torch.tensor([0.5, 1.5, 1.0]))
+    torch.testing.assert_close(model.alpha(A), torch.tensor([0.5, 1.5, 1.0]) / largest_eigenvalue(A))
+    with pytest.raises(InputError, match="3 steps are learned"):
+        model.set_steps([1.0])
+    with pytest.raises(InputError, match="finite and above 0"):
+        model.set_steps([1.0, 0.0, 1.0])
 
 
 def test_shared_and_predicted_steps() -> None:

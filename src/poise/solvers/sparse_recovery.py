@@ -236,7 +236,7 @@ def lasso_gap(operator: Any, y: Tensor, x: Tensor, weight: float) -> Tensor:
 
     gap = P(x) - D(r s),   D(u) = 1/2 ||y||^2 - 1/2 ||y - u||^2,   r = y - A x,  s = min(1, weight / max |A' r|)
 
-    >>> lasso_gap(torch.eye(2), torch.tensor([[2.0, 0.1]]), torch.tensor([[1.5, 0.0]]), 0.5)
+    >>> lasso_gap(torch.eye(2), torch.tensor([[2.0, 0.25]]), torch.tensor([[1.5, 0.0]]), 0.5)
     tensor([0.])
     """
     A = as_linear_map(operator)

@@ -119,6 +119,20 @@ class Unfolded(nn.Module):
         """The learned numbers a_t, `[layers]`: steps in units of 1/L."""
         return self.step.detach().expand(self.layers).clone()
 
+    def set_steps(self, steps: Sequence[float] | Tensor) -> None:
+        """Start from given numbers a_t, such as those of another training or `L * chebyshev_steps(...)`.
+
+        Raises:
+            InputError: there are not as many as layers, or one is not finite and above 0.
+        """
+        given = torch.as_tensor(steps, dtype=self.step.dtype, device=self.step.device)
+        if given.shape != self.step.shape:
+            raise InputError(f"unfolded: {len(self.step)} steps are learned, and {list(given.shape)} are given.")
+        if not bool((torch.isfinite(given) & (given > 0)).all()):
+            raise InputError("unfolded: every step must be finite and above 0.")
+        with torch.no_grad():
+            self.step.copy_(given)
+
     def alpha(self, operator: Any) -> Tensor:
         """Return the steps on this operator, `a_t / L`: `[layers]`, or `[batch, layers]` for a batch of operators."""
         bound = self._bound(as_linear_map(operator))
