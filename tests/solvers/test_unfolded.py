@@ -364,6 +364,14 @@ def test_a_model_survives_copy_pickle_and_state() -> None:
         torch.testing.assert_close(other(A, y), model(A, y), atol=0, rtol=0)
 
 
+def test_models_of_every_penalty_are_pickled() -> None:
+    A, y = problem()
+    for penalty in (penalties.L0(), TopK(2), penalties.GroupLasso(5), penalties.MCP()):
+        form = "iht" if isinstance(penalty, penalties.L0 | TopK) else "ista"
+        model = Unfolded(form, 2, penalty)  # type: ignore[arg-type]
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(A, y), model(A, y), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_the_answer_has_the_dtype_of_the_measurements(dtype: torch.dtype) -> None:
     A, y = problem(dtype=dtype)

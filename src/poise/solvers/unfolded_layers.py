@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -85,11 +86,17 @@ def prox_by_row(penalty: Any, temperature: float | None = None) -> Prox:
     """Return `prox(point [batch, n], step)`, every row by itself; `step` is 0-dim or `[batch, 1]` and contains the weight."""
     if isinstance(penalty, L1) and penalty.scales is None:
         return shrink
+    # named functions, as a model that is pickled holds this map
     if isinstance(penalty, L0):
-        return lambda point, step: hard_threshold(point, (2 * step).sqrt(), temperature)
+        return partial(_hard, temperature=temperature)
     if _rows_are_apart(penalty):
-        return lambda point, step: penalty.prox(point, step)
-    return lambda point, step: _each_row(penalty.prox, point, step)
+        prox: Prox = penalty.prox
+        return prox
+    return partial(_each_row, penalty.prox)
+
+
+def _hard(point: Tensor, step: Tensor, temperature: float | None) -> Tensor:
+    return hard_threshold(point, (2 * step).sqrt(), temperature)
 
 
 def charge_by_row(penalty: Any, x: Tensor) -> Tensor:
