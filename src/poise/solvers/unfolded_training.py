@@ -73,10 +73,10 @@ class Incremental:
 
     batches: int = 40
     batch_size: int = 200
-    lr: float = 0.05
+    lr: float = 0.1
     matrix_lr: float = 1e-3
     first: int = 1
-    decay: float = 1.0
+    decay: float = 0.1
     reset: bool = False
     least: float = 1e-3
 
