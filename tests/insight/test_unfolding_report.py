@@ -32,7 +32,11 @@ def test_layers_are_compared_with_the_exact_end(learned: Unfolded) -> None:
     assert last["1.9/L"].objective.mean < last["1/L"].objective.mean
     assert last["learned"].distance < last["1/L"].distance
     assert [row.layer for row in report.path("1/L")] == list(range(1, 9))
-    assert report.last("learned").error is not None
+    one = report.last("learned")
+    assert one.error is not None
+    assert one.nmse is not None
+    power = float(batch.x.square().mean())  # type: ignore[union-attr]
+    assert 10 ** (one.nmse / 10) * power == pytest.approx(one.error.mean, rel=1e-4)
     assert "layer   8" in str(report)
 
 

@@ -230,6 +230,14 @@ def test_what_is_known_of_a_matrix_is_forgotten_when_it_is_written_to() -> None:
     torch.testing.assert_close(model(A, y), model(A.clone(), y))
 
 
+def test_inference_mode_gives_the_same_answer() -> None:
+    A, y = problem()
+    model = Unfolded("ista", 3, weight=0.05)
+    with torch.inference_mode():
+        inside = model(A.clone(), y)
+    torch.testing.assert_close(inside.clone(), model(A, y).detach())
+
+
 # ---- what is learned -----------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,7 @@ class LayerRow:
         objective: mean with interval.
         excess: objective minus that of the long run of the plain solver, paired; negative where a better local minimum was found.
         error: mean squared error to the true signals, None where nobody knows them.
+        nmse: `10 log10(sum ||x_t - x||^2 / sum ||x||^2)` in decibels, or None.
         support: F1 of the entries that are not 0 against the true ones, or None.
         distance: root mean square distance to the long run of the plain solver.
     """
@@ -58,6 +59,7 @@ class LayerRow:
     objective: Mean
     excess: Mean
     error: Mean | None
+    nmse: float | None
     support: float | None
     distance: float
 
@@ -84,7 +86,9 @@ class LayerReport:
             + (f", error {self.limit_error}" if self.limit_error else "")
         ]
         for row in self.rows:
-            error = "" if row.error is None else f"  error {row.error}  support F1 {row.support:.3f}"
+            error = (
+                "" if row.error is None else f"  error {row.error} ({row.nmse:.1f} dB)  support F1 {row.support:.3f}"
+            )
             lines.append(f"{row.solver:>24}  layer {row.layer:>3}  objective {row.objective}{error}")
         return "\n".join(lines)
 
@@ -224,6 +228,7 @@ def layer_report(
                     _mean(value),
                     _mean(value - end.objective),
                     _error(batch, x),
+                    _decibels(batch, x),
                     _support(batch, x),
                     float((x - end.x).abs().square().sum(-1).mean().sqrt()),
                 )
@@ -308,6 +313,13 @@ def _objective(batch: Any, x: Tensor, penalty: Any, weight: float) -> Tensor:
 
 def _error(batch: Any, x: Tensor) -> Mean | None:
     return None if batch.x is None else _mean((x - batch.x).abs().square().mean(-1))
+
+
+def _decibels(batch: Any, x: Tensor) -> float | None:
+    if batch.x is None:
+        return None
+    ratio = float((x - batch.x).abs().square().sum()) / max(float(batch.x.abs().square().sum()), 1e-30)
+    return 10 * math.log10(max(ratio, 1e-30))
 
 
 def _support(batch: Any, x: Tensor) -> float | None:

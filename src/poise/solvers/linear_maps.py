@@ -158,7 +158,7 @@ def as_linear_map(operator: Any) -> LinearMap:
 def _remembered(matrix: Tensor | None, name: str, compute: Callable[[Tensor], Any]) -> Any:
     """Compute a fact of a matrix once; again where it was written to. Nothing is kept of a matrix that is trained."""
     assert matrix is not None
-    if matrix.requires_grad:
+    if matrix.requires_grad or matrix.is_inference():  # changes, or does not tell whether it did
         return compute(matrix)
     version, facts = _known.get(matrix, (None, None))
     if version != matrix._version:
