@@ -31,10 +31,14 @@ Contestant = Unfolded | Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over signals with the half width of its 95 % interval."""
+    """A mean over signals with the half width of its 95 % interval, and the median.
+
+    Long steps let single signals run away; a mean far above the median tells of them.
+    """
 
     mean: float
     half: float
+    median: float
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ± {self.half:.1g}"
@@ -333,4 +337,4 @@ def _support(batch: Any, x: Tensor) -> float | None:
 def _mean(values: Tensor) -> Mean:
     many = len(values)
     spread = float(values.double().std()) / math.sqrt(many) if many > 1 else math.nan
-    return Mean(float(values.double().mean()), 1.96 * spread)
+    return Mean(float(values.double().mean()), 1.96 * spread, float(values.median()))
