@@ -3,9 +3,10 @@
 Bernoulli-Gaussian signals (8 % nonzeros, noise 0.03) under a Gaussian matrix; ISTA (l1, weight 0.1) and IHT (l0, weight 0.05)
 unfolded into T layers, steps trained generation by generation by the error to the true signals or by the objective alone; both see the
 same batches. Judged on 1,000 other signals, after each generation at its last layer, and at the end under other densities and noise.
+Beside it, reported and not judged, ISTA at weight 0.3, where the l1 norm shrinks more than is good for recovery.
 
-Sizes: n = 200, m = 100, T = 20, 40 batches of 100 a generation, three seeds, each with a matrix of its own. `full` takes batches of 200 and
-ten seeds, and beside it ISTA at weight 0.3, where the l1 norm shrinks more than is good for recovery.
+Sizes: n = 200, m = 100, T = 20, 40 batches of 100 a generation, three seeds, each with a matrix of its own; `full`: batches of 200, ten
+seeds.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ from poise.solvers.unfolded import Incremental, Unfolded, train_unfolded
 from poise.studies.intervals import t_interval
 
 Form = Literal["ista", "iht"]
-Problems = tuple[tuple[str, Form, float], ...]
-PROBLEMS: Problems = (("ISTA", "ista", 0.1), ("IHT", "iht", 0.05))
-MORE: Problems = (("ISTA 0.3", "ista", 0.3),)
+PROBLEMS: tuple[tuple[str, Form, float], ...] = (("ISTA", "ista", 0.1), ("IHT", "iht", 0.05), ("ISTA 0.3", "ista", 0.3))
 LOSSES = ("supervised", "objective")
 CHANGES = {
     "p 4 %": {"p": 0.04},
@@ -79,7 +78,7 @@ def run(*, full: bool = False, seed: int = 0, progress: Progress | None = None) 
     torch.set_num_threads(1)
     size = LARGE if full else SMALL
     outcomes: dict[str, list[Outcome]] = {}
-    jobs = list(product(range(size.seeds), PROBLEMS + MORE if full else PROBLEMS))
+    jobs = list(product(range(size.seeds), PROBLEMS))
     try:
         for done, (each, (name, form, weight)) in enumerate(jobs):
             if progress is not None:
@@ -169,7 +168,11 @@ def judge(outcomes: Mapping[str, Sequence[Outcome]]) -> Finding:
     biased = outcomes.get("ISTA 0.3")
     if biased:
         sup, end = _mean(biased, "error", "supervised"), _mean(biased, "error", "limit")
-        reasons.append(f"at weight 0.3 ISTA trained by the error has {sup / end:.2f} of the error of its limit")
+        own = _mean(biased, "error", "objective")
+        reasons.append(
+            f"at weight 0.3, where the l1 norm shrinks more, ISTA trained by the error has {sup / end:.2f} of the error of its limit, "
+            f"trained by the objective {own / end:.2f}"
+        )
     figures = (
         _figures(outcomes)
         | {"above its limit": near, "slips": fmean(slips)}

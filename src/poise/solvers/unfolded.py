@@ -25,6 +25,7 @@ from poise.errors import InputError, PoiseWarning, nearest
 from poise.penalties import L0, L1
 from poise.solvers.linear_maps import LinearMap, as_linear_map, largest_eigenvalue
 from poise.solvers.unfolded_layers import TopK, charge_by_row, prox_by_row, require_gradient
+from poise.solvers.unfolded_pass import Pass, rows_of
 from poise.solvers.unfolded_training import Incremental, UnfoldedTraining, train_unfolded
 
 __all__ = ["Incremental", "TopK", "Unfolded", "UnfoldedTraining", "train_unfolded"]
@@ -92,7 +93,7 @@ class Unfolded(nn.Module):
         self.form, self.layers, self.penalty, self.learn, self.weight = step, layers, penalty, learn, float(weight)
         self.shared, self.beyond, self.gram, self.predict = shared, beyond, gram, predict
         self.segment = math.isqrt(layers - 1) + 1 if recompute is True else int(recompute)
-        self._prox = prox_by_row(penalty, temperature)
+        self.proximal = prox_by_row(penalty, temperature)
         count = 1 if shared else layers
         self.step = nn.Parameter(torch.ones(count), requires_grad="step" in learn)
         self.threshold = nn.Parameter(torch.ones(count)) if "threshold" in learn else None
@@ -135,7 +136,7 @@ class Unfolded(nn.Module):
 
     def alpha(self, operator: Any) -> Tensor:
         """Return the steps on this operator, `a_t / L`: `[layers]`, or `[batch, layers]` for a batch of operators."""
-        bound = self._bound(as_linear_map(operator))
+        bound = self.bound(as_linear_map(operator))
         return self.steps / bound
 
     def export(self, operator: Any) -> list[float]:
@@ -160,12 +161,14 @@ class Unfolded(nn.Module):
             if self.threshold is not None:
                 self.threshold.clamp_(min=0.0)
 
-    def _at(self, layer: int) -> int:
+    def at(self, layer: int) -> int:
+        """Return whose numbers a layer uses, layers counted from 0."""
         if self.shared:
             return 0
         return layer % self.layers if self.beyond == "cycle" else min(layer, self.layers - 1)
 
-    def _bound(self, operator: LinearMap) -> Tensor:
+    def bound(self, operator: LinearMap) -> Tensor:
+        """Return what learned numbers are divided by."""
         if self.adjoint is not None:
             return self.step.new_ones(())
         return operator.lipschitz
@@ -211,7 +214,7 @@ class Unfolded(nn.Module):
         self._warn_beyond(depth)
         if depth < 1:
             raise InputError(f"unfolded: layers must be at least 1, and it is {depth}.")
-        run = _Run(self, A, rows)
+        run = Pass(self, A, rows)
         outputs: list[Tensor] = []
         x = start
         segment = self.segment if self.segment and torch.is_grad_enabled() else depth
@@ -234,7 +237,7 @@ class Unfolded(nn.Module):
     def _warn_beyond(self, depth: int) -> None:
         if depth <= self.layers or self.beyond == "safe" or "matrices" in self.learn:
             return
-        used = [float(self.step[self._at(t)]) for t in range(self.layers, depth)]
+        used = [float(self.step[self.at(t)]) for t in range(self.layers, depth)]
         if max(used) > STABLE:
             warnings.warn(
                 f"unfolded: {depth} layers are asked for and {self.layers} have steps; a step that is used again is {max(used):.3g} / L, "
@@ -255,111 +258,21 @@ class Unfolded(nn.Module):
         fit = 0.5 * (
             residual.real.square() + residual.imag.square() if residual.is_complex() else residual.square()
         ).sum(-1)
-        if isinstance(self.penalty, TopK):
-            return fit  # the layers' outputs are k-sparse by construction
-        return fit + self.weight * charge_by_row(self.penalty, x)
+        weight = 1.0 if isinstance(self.penalty, TopK) else self.weight  # an indicator has no weight
+        return fit + weight * charge_by_row(self.penalty, x)
 
     def prox(self, point: Tensor, alpha: Tensor) -> Tensor:
         """Return the proximal map of `alpha weight h`, row by row; `alpha` is 0-dim or `[batch, 1]`."""
-        return self._prox(point, alpha * self.weight)
+        return self.proximal(point, alpha * self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.form}, layers={self.layers}, penalty={type(self.penalty).__name__}, weight={self.weight:g}, learn={self.learn}"
-
-
-class _Run:
-    """One pass over the layers: what they share is looked up once."""
-
-    def __init__(self, model: Unfolded, A: LinearMap, y: Tensor) -> None:
-        self.model, self.A, self.y = model, A, y
-        self.bound = model._bound(A).to(y.real.dtype)
-        self.factors = model.predict(y) if model.predict is not None else None
-        if self.factors is not None and self.factors.shape != (len(y), model.layers):
-            raise InputError(
-                f"unfolded: predict must return [batch, layers] = [{len(y)}, {model.layers}], and it returns {list(self.factors.shape)}."
-            )
-        m, n = A.shape
-        gram = model.gram if model.gram is not None else A.matrix is not None and A.matrix.ndim == 2 and n < 2 * m
-        self.gram = A.gram() if gram and model.adjoint is None and not model.encode else None
-        if model.gram and self.gram is None:
-            raise InputError("unfolded: gram=True needs one dense matrix, and neither adjoint nor learned matrices.")
-        self.back = A.adjoint(y) if self.gram is not None else None
-        # one backward pass of unbind() in place of one of every index
-        self.step = model.step.unbind()
-        self.threshold = None if model.threshold is None else model.threshold.unbind()
-        start = model.start_lipschitz
-        self.unit = 1.0 / (self.bound if start is None else start.to(y.real.dtype))
-
-    def layers(self, x: Tensor | None, which: range, every: bool) -> list[Tensor]:
-        """Return the outputs of some layers, or of the last of them alone."""
-        made: list[Tensor] = []
-        for t in which:
-            x = self._learned(x, t) if self.model.encode else self._gradient(x, t)
-            made = [*made, x] if every else [x]
-        return made
-
-    def _gradient(self, x: Tensor | None, t: int) -> Tensor:
-        model, alpha = self.model, self._alpha(t)
-        if self.gram is not None:
-            assert self.back is not None
-            slope = self.back if x is None else torch.addmm(self.back, x, self.gram.mT, alpha=-1)
-        else:
-            r = self.y if x is None else self.A.residual(x, self.y)
-            slope = self.A.adjoint(r) if model.adjoint is None else r @ model.adjoint.conj()
-        u = alpha * slope if x is None else torch.addcmul(x, alpha.to(x.dtype), slope)
-        return model._prox(u, self._level(t, alpha))
-
-    def _learned(self, x: Tensor | None, t: int) -> Tensor:
-        model = self.model
-        i = 0 if len(model.encode) == 1 else model._at(t)
-        u = self.y @ model.encode[i].mT
-        if x is not None:
-            u = u + x @ model.carry[i].mT
-        return model._prox(u, self._level(t, self.unit))
-
-    def _alpha(self, t: int) -> Tensor:
-        model = self.model
-        if model.beyond == "safe" and t >= model.layers:
-            return self.unit
-        alpha = self.step[model._at(t)] * self.unit
-        return alpha if self.factors is None else alpha * self.factors[:, model._at(t), None]
-
-    def _level(self, t: int, alpha: Tensor) -> Tensor:
-        """Return the layer's proximal step with the weight in it: the gradient's step, or a learned share of 1/L."""
-        model = self.model
-        if self.threshold is None or (model.beyond == "safe" and t >= model.layers):
-            return alpha * model.weight
-        return self.unit * model.weight * self.threshold[model._at(t)]
 
 
 def _matrix(name: str, matrix: Tensor | None) -> Tensor | None:
     if matrix is not None and (not isinstance(matrix, Tensor) or matrix.ndim != 2):
         raise InputError(f"unfolded: {name} must be one matrix [m, n].")
     return matrix if matrix is None else matrix.detach().clone()
-
-
-def rows_of(A: LinearMap, y: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return measurements and start as rows, checked."""
-    m, n = A.shape
-    batch = A.matrix.shape[0] if A.matrix is not None and A.matrix.ndim == 3 else None
-    rows = y[None] if y.ndim == 1 else y
-    if rows.ndim != 2 or rows.shape[1] != m or (batch is not None and rows.shape[0] != batch):
-        raise InputError(
-            f"unfolded: y must be [{'batch' if batch is None else batch}, {m}] for an operator with m = {m} and n = {n}, and it is "
-            f"{list(y.shape)}."
-        )
-    if rows.dtype != A.dtype:
-        raise InputError(f"unfolded: y is {y.dtype} and the operator is {A.dtype}: bring both to one dtype.")
-    if not bool(torch.isfinite(rows).all()):
-        raise InputError("unfolded: y has NaN or infinite entries.")
-    if x0 is None:
-        return rows, None
-    start = x0[None] if x0.ndim == 1 else x0
-    if start.shape != (len(rows), n) or start.dtype != rows.dtype:
-        raise InputError(
-            f"unfolded: x0 must be {rows.dtype} [{len(rows)}, {n}], and it is {x0.dtype} {list(x0.shape)}."
-        )
-    return rows, start
 
 
 def _check(

@@ -105,6 +105,8 @@ def charge_by_row(penalty: Any, x: Tensor) -> Tensor:
         return x.abs().sum(-1)
     if isinstance(penalty, L0):
         return (x != 0).sum(-1).to(x.real.dtype)
+    if isinstance(penalty, TopK):
+        return torch.where((x != 0).sum(-1) > penalty.k, torch.inf, 0.0).to(x.real.dtype)
     return _each_row(penalty.value, x)
 
 
