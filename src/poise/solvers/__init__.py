@@ -23,6 +23,8 @@ _HOME: dict[str, str] = {
     "Recovery": "sparse_recovery",
     "Rival": "newton_rivals",
     "SGD": "torch_optimizers",
+    "SparseTransport": "transport_estimator",
+    "TorchOptimizer": "torch_optimizers",
     "SelfDistillationKRR": "kernel_distillation",
     "Spectrum": "kernel_distillation",
     "TopK": "unfolded_layers",
