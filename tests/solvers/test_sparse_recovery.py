@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from poise import penalties
+from poise.composite import Composite
 from poise.data.sparse_signals import BernoulliGaussian, gaussian_matrix
+from poise.datafits import LeastSquares
 from poise.errors import InputError, PoiseWarning
 from poise.operators import NonNegative
 from poise.solvers import (
+    ProximalGradient,
     TopK,
     approximate_message_passing,
     chebyshev_steps,
@@ -48,6 +51,18 @@ def test_every_way_of_stepping_reaches_the_exact_lasso(options: dict[str, Any]) 
     certificate = result.certificate()
     assert certificate.converged
     assert certificate.history[-1] == pytest.approx(certificate.value, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "penalty", [penalties.L1(), penalties.ElasticNet(0.6), penalties.GroupLasso(4)], ids=lambda p: type(p).__name__
+)
+def test_a_linear_model_of_one_signal_has_the_same_solution(penalty: Any) -> None:
+    A, y = problem()
+    here = recover(A, y[0], penalty, weight=WEIGHT, momentum=True, iterations=20_000, tolerance=1e-8)
+    model = Composite(A, y[0], LeastSquares(), penalties.Scaled(penalty, WEIGHT), weight=float(len(A)))
+    there = ProximalGradient(tol=1e-10).minimize(model)
+    torch.testing.assert_close(there.coef, here.x, atol=1e-4, rtol=0)
+    assert there.certificate.value == pytest.approx(float(here.objective[0]), abs=1e-8)
 
 
 def test_the_gap_bounds_the_distance_to_the_least_value() -> None:

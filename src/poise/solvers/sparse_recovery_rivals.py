@@ -154,7 +154,7 @@ def coordinate_lasso(
         most = max(most, int(solver.n_iter_))
     x = torch.stack(found)
     exact = A.matrix.detach().double().cpu()
-    gap = lasso_gap(exact, targets, x, weight)
+    gap = lasso_gap(exact, targets, x, weight).clamp_min(0.0)
     residual = (targets - x @ exact.mT).square().sum(-1) / 2 + weight * x.abs().sum(-1)
     allowed = tolerance * float(targets.square().sum(-1).max()) * 2
     status = status_of(gap, allowed, most)
