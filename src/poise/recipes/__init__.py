@@ -16,6 +16,7 @@ _HOME: dict[str, str] = {
     "ELRPlus": "elr_plus",
     "ExternalReward": "self_reward",
     "Grid": "distillation_chain",
+    "Imitation": "imitation",
     "ImplicitReward": "self_reward",
     "JudgeReward": "self_reward",
     "PreferenceLoop": "preference_loop",
@@ -24,7 +25,9 @@ _HOME: dict[str, str] = {
     "Student": "distillation_chain",
     "WeightAveraging": "elr_plus",
     "distillation_grid": "distillation_chain",
+    "imitate": "imitation",
     "pairs_from_rewards": "preference_loop",
+    "rollout": "imitation",
     "self_rewarding_rounds": "self_reward",
 }
 
