@@ -135,7 +135,7 @@ class CartPole:
         a, b = found[0][:, 0], found[1][:, 0]
         cost = torch.diag(torch.tensor([1.0, 0.1, 10.0, 0.1], dtype=torch.float64))
         p, gain = cost, zero
-        for _ in range(1000):
+        for _ in range(400):
             gain = torch.linalg.solve(torch.eye(1, dtype=p.dtype) + b.T @ p @ b, b.T @ p @ a)
             p = cost + a.T @ p @ (a - b @ gain)
         return gain
