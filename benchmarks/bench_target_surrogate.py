@@ -1,4 +1,4 @@
-"""What target-based surrogates cost: one outer step beside one of SGD, twenty inner steps beside one, and how many oracle calls they save."""
+"""What target-based surrogates cost: one outer step beside one of SGD, twenty inner steps beside one, and the oracle calls they save."""
 
 from __future__ import annotations
 

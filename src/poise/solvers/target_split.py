@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from poise import processes
 from poise.errors import IncompatibleError, InputError
-from poise.problem import OWN, Problem, Step
+from poise.problem import OWN, Problem, Step, _add
 from poise.quantities import Quantities, derive, describe, random_numbers
 from poise.solvers.flat_problem import _PLAIN
 
@@ -158,24 +158,28 @@ class ProblemSplit:
         """Ask the oracle where the parameters are."""
         problem, points = self.problem, list(self.parameters.values())
         watched, before = self._watch()
-        made = Linearisation(0.0, 0.0, [], [], [torch.zeros_like(p) for p in points], 0)
+        made = Linearisation(0.0, 0.0, [], [], [], 0)
+        gradient: list[Tensor | None] = [None] * len(points)
 
         def take(total: Tensor, parts: Mapping[str, Any]) -> None:
             z = watched.kept[-1][self.output]
             if not z.requires_grad:
                 raise IncompatibleError("target_surrogate: the model's output does not depend on what is trained.")
-            loss = problem.objective._total({n: p for n, p in parts.items() if n in self.readers})
-            rest = problem.objective._total({n: p for n, p in parts.items() if n in self.beside})
-            share = self._share(z, loss, number=len(made.z))
-            roots, seeds = [z], [share]
-            if rest.requires_grad:
-                roots, seeds = [z, rest], [share, torch.ones_like(rest)]
-            found = torch.autograd.grad(roots, points, seeds, allow_unused=True)
-            made.gradient = [
-                a if g is None else (g if not made.z else a + g) for a, g in zip(made.gradient, found, strict=True)
-            ]
+            loss, rest = total, None
+            if self.beside:
+                loss = problem.objective._total({n: p for n, p in parts.items() if n in self.readers})
+                rest = problem.objective._total({n: p for n, p in parts.items() if n in self.beside})
+                made.others += float(rest.detach())
+            if rest is None and self.target_grad is None and loss.requires_grad:
+                share, found = _through(z, loss, points)
+            else:
+                share = self._share(z, loss, number=len(made.z))
+                roots, seeds = [z], [share]
+                if rest is not None and rest.requires_grad:
+                    roots, seeds = [z, rest], [share, torch.ones_like(rest)]
+                found = torch.autograd.grad(roots, points, seeds, allow_unused=True)
+            _add(gradient, found)
             made.value += float(loss.detach())
-            made.others += float(rest.detach())
             made.z.append(z.detach())
             made.g.append(share)
 
@@ -184,6 +188,7 @@ class ProblemSplit:
                 problem._evaluate(None, None, take)
         finally:
             problem.readout = before
+        made.gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(points, gradient, strict=True)]
         made.rows = sum(self._rows(z) for z in made.z)
         made.g = [made.rows * g for g in made.g]
         if self.target_grad is not None:
@@ -435,6 +440,15 @@ class OracleProblem:
     def outputs_of(self, rows: Mapping[str, Any]) -> Tensor:
         """Return the outputs for replayed rows."""
         return self._run(rows["input"])
+
+
+def _through(z: Tensor, loss: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the gradients in the outputs and in the parameters, where all of the loss passes the outputs: one backward pass."""
+    seen: list[Tensor] = []
+    handle = z.register_hook(seen.append)
+    found = torch.autograd.grad(loss, points, allow_unused=True)
+    handle.remove()
+    return (seen[0].detach() if seen else torch.zeros_like(z)), found
 
 
 Split = ProblemSplit | OracleProblem
