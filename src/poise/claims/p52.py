@@ -73,10 +73,11 @@ def judge(
     }
     if hopper is not None:
         ratios["Hopper"] = hopper["ours"] / hopper["adam"]
+    batches_taken = ", ".join(f"{_count(a, BATCHES)} against {_count(b, BATCHES)}" for a, b in factor)
     measured = (
-        f"oracle calls to equal loss, m = 1 / 5 / 20 / 100 / exact: {' / '.join(map(str, ordered))}; factorisation to 1e-3, m = 10 against "
-        f"SGD: {', '.join(f'{_count(a, BATCHES)} against {_count(b, BATCHES)}' for a, b in factor)} batches; cart-pole, states to a loss of {LOSS}: "
-        f"{cart['ours']:,.0f} against Adam's {_count(cart['adam'], ROUNDS * SAMPLES)}; "
+        f"oracle calls to equal loss, m = 1 / 5 / 20 / 100 / exact: {' / '.join(map(str, ordered))}; factorisation to 1e-3, m = 10 "
+        f"against SGD: {batches_taken} batches; cart-pole, states to a loss of {LOSS}: {cart['ours']:,.0f} against Adam's "
+        f"{_count(cart['adam'], ROUNDS * SAMPLES)}; "
     )
     if hopper is None:
         measured += "Hopper not run (gymnasium and mujoco are not installed)"

@@ -445,7 +445,7 @@ class OracleProblem:
 def _through(z: Tensor, loss: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Return the gradients in the outputs and in the parameters, where all of the loss passes the outputs: one backward pass."""
     seen: list[Tensor] = []
-    handle = z.register_hook(seen.append)
+    handle = z.register_hook(seen.append)  # type: ignore[no-untyped-call]
     found = torch.autograd.grad(loss, points, allow_unused=True)
     handle.remove()
     return (seen[0].detach() if seen else torch.zeros_like(z)), found
