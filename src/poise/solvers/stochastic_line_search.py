@@ -10,13 +10,14 @@ Source: Vaswani et al., arXiv:1905.09997, with the constants of arXiv:2302.02607
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from poise.errors import InputError
+from poise.errors import InputError, PoiseWarning
 from poise.objective import Objective
 from poise.problem import Certificate, Problem, Step
 from poise.solvers.inner_solvers import SearchedStep
@@ -97,6 +98,8 @@ class StochasticLineSearch:
             if residual <= tolerance
             else f"stopped after {done} iterations with gradient norm {residual:.3g}"
         )
+        if residual > tolerance:
+            warnings.warn(f"sls: {status}; {tolerance:.3g} was asked for.", PoiseWarning, stacklevel=2)
         return Certificate(history[-1], residual, tolerance, "gradient norm", done, status, history=tuple(history))
 
     def state_dict(self) -> dict[str, Any]:

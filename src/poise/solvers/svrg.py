@@ -10,13 +10,14 @@ Source: Johnson and Zhang (2013); the peer of arXiv:2302.02607.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.errors import InputError
+from poise.errors import InputError, PoiseWarning
 from poise.objective import Objective
 from poise.problem import Certificate, Problem, Step
 
@@ -90,6 +91,8 @@ class SVRG:
             if residual <= tolerance
             else f"stopped after {done} iterations with gradient norm {residual:.3g}"
         )
+        if residual > tolerance:
+            warnings.warn(f"svrg: {status}; {tolerance:.3g} was asked for.", PoiseWarning, stacklevel=2)
         return Certificate(history[-1], residual, tolerance, "gradient norm", done, status, history=tuple(history))
 
     def state_dict(self) -> dict[str, Any]:

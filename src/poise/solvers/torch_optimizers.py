@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 NAMED = {
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
+    "proximal": "poise.solvers.proximal:ProximalGradient",
     "sls": "poise.solvers.stochastic_line_search:StochasticLineSearch",
     "target_surrogate": "poise.solvers.target_surrogate:TargetSurrogate",
 }
