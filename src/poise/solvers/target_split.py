@@ -21,7 +21,7 @@ from poise import processes
 from poise.errors import IncompatibleError, InputError
 from poise.problem import OWN, Problem, Step, _add
 from poise.quantities import Quantities, derive, describe, random_numbers
-from poise.solvers.flat_problem import _PLAIN
+from poise.structure import PLAIN_READOUTS
 
 __all__ = ["Linearisation", "OracleProblem", "ProblemSplit", "Split", "TargetGrad", "TargetLoss"]
 
@@ -154,6 +154,15 @@ class ProblemSplit:
             e.label for e in self.problem.objective._entries if e.label not in self.readers and not e.auxiliary
         )
 
+    @property
+    def heaviest(self) -> float:
+        """By how much the heaviest row counts for more than the mean row: 1 where the data bring no `sample_weight`."""
+        weights = [batch[self._main].get("sample_weight") for batch in self.problem.batches]
+        if any(w is None for w in weights):
+            return 1.0
+        every = torch.cat([w.double().flatten() for w in weights if w is not None])
+        return float(every.max() / every.mean())
+
     def begin(self) -> Linearisation:
         """Ask the oracle where the parameters are."""
         problem, points = self.problem, list(self.parameters.values())
@@ -261,7 +270,7 @@ class ProblemSplit:
         problem, layer = self.problem, linear_layer(self.problem.model)
         if layer is None or len(problem.batches) != 1 or len(problem.batches[0]) != 1:
             return None
-        if f"{type(problem.readout).__module__}.{type(problem.readout).__name__}" not in _PLAIN:
+        if f"{type(problem.readout).__module__}.{type(problem.readout).__name__}" not in PLAIN_READOUTS:
             return None
         x = problem.batches[0][self._main].get("input")
         return _design(layer, x.to(layer.weight.device) if isinstance(x, Tensor) else x)

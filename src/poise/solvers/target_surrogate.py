@@ -495,7 +495,7 @@ class TargetSurrogate:
                 "target_surrogate: monotone=True needs the smoothness of a row's loss in its output, which is known for squared and "
                 "cross-entropy losses alone. Say it: smoothness=..."
             )
-        most = 1 / found
+        most = 1 / (found * (split.heaviest if isinstance(split, ProblemSplit) else 1.0))
         if self.rule.rule == "armijo":
             low, high = self.rule.bounds
             self.rule.bounds = (min(low, most), min(high, most))
