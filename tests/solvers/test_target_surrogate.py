@@ -752,3 +752,20 @@ def test_a_surrogate_of_one_linear_layer_says_so() -> None:
         at = split.begin()
         made = solver._surrogate(split, at, 2.0, at.g, Euclidean(at.z))
     assert isinstance(made, LinearSurrogate)
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+def test_the_minimum_is_that_of_scikit_learn_and_of_lbfgs() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    x, y = rand(80, 5), torch.arange(80) % 3
+    model, rival = linear(), linear()
+    solver = TargetSurrogate(eta=1.0, divergence="newton", inner="exact")
+    found = solver.minimize(problem(model, "cross_entropy + 0.05*l2", x, y, Classification()), tolerance=1e-9)
+    peer = linear_model.LogisticRegression(C=1 / (80 * 0.05), tol=1e-10, max_iter=1000).fit(x.numpy(), y.numpy())
+    torch.testing.assert_close(model.weight.detach(), torch.from_numpy(peer.coef_), rtol=1e-5, atol=1e-6)
+    theirs = TorchOptimizer("lbfgs").minimize(problem(rival, "cross_entropy + 0.05*l2", x, y, Classification()), 1e-8)
+    assert found.converged
+    assert found.value == pytest.approx(theirs.value, abs=1e-10)
