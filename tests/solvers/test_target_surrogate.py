@@ -743,6 +743,23 @@ def test_a_term_without_a_potential_is_refused_where_eta_is_searched() -> None:
     poise.fit(nn.Linear(5, 3), "cross_entropy + 3*early_learning", (x, y), solver=TargetSurrogate(eta=0.5), steps=2)
 
 
+class Pulled(Term):
+    """A penalty whose gradient is not that of its value."""
+
+    formula = "pulled"
+    capabilities = frozenset({"deterministic"})
+
+    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([p.detach().square().sum() + p.sum() - p.sum().detach() for p in parameters.values()]).sum()
+
+
+def test_a_penalty_without_a_potential_is_refused_where_inner_steps_are_searched() -> None:
+    formula = poise.parse("cross_entropy") + 0.1 * Pulled()
+    with pytest.raises(IncompatibleError, match="'pulled' is not that of its value"):
+        TargetSurrogate(eta=1.0).step(classes(network(), formula))
+    TargetSurrogate(eta=1.0, inner="adam").step(classes(network(), formula))
+
+
 def test_a_surrogate_of_one_linear_layer_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -32,7 +32,7 @@ from poise.errors import IncompatibleError, InputError, PoiseWarning, nearest
 from poise.objective import Objective
 from poise.problem import Certificate, Problem, Step
 from poise.quantities import derive
-from poise.solvers.inner_solvers import inner_solver
+from poise.solvers.inner_solvers import GradientDescent, InnerLBFGS, inner_solver
 from poise.solvers.target_divergence import DIVERGENCES, KL, Divergence, Eta, Euclidean, Newton, Softmax, divergence_at
 from poise.solvers.target_eta import TargetStep
 from poise.solvers.target_split import (
@@ -438,7 +438,15 @@ class TargetSurrogate:
                 "target_surrogate takes gradients in the outputs, and a policy has weighed gradients of the parameters in this step. Use "
                 "'adamw' with a balancer, or weights that go by values."
             )
-        return ProblemSplit(problem, self.target_grad, self.target_loss)
+        split = ProblemSplit(problem, self.target_grad, self.target_loss)
+        if isinstance(self.inner, GradientDescent | InnerLBFGS):
+            for label in split.beside:
+                if "potential" not in problem.objective.terms[label].capabilities:  # type: ignore[operator]
+                    raise IncompatibleError(
+                        f"target_surrogate searches its inner steps by values, and the gradient of {label!r} is not that of its value. Use "
+                        "inner='sgd' or inner='adam'."
+                    )
+        return split
 
     def _take(self, split: Split, at: Linearisation, norm: float = math.nan) -> None:
         if not self._looked:
