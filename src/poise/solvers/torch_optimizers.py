@@ -42,6 +42,8 @@ NAMED = {
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
     "proximal": "poise.solvers.proximal:ProximalGradient",
+    "sls": "poise.solvers.stochastic_line_search:StochasticLineSearch",
+    "target_surrogate": "poise.solvers.target_surrogate:TargetSurrogate",
 }
 """Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
