@@ -14,6 +14,7 @@ from poise.lazy import load
 
 _HOME: dict[str, str] = {
     "AlignmentDepth": "alignment_depth",
+    "ActiveSetReport": "active_set",
     "AnswerMetrics": "reward_audit",
     "AuditCase": "reward_audit",
     "CollapseReport": "collapse",
@@ -54,6 +55,7 @@ _HOME: dict[str, str] = {
     "TokenCredit": "credit",
     "ValueCorrelation": "implicit_reward",
     "WeightStatistics": "weights",
+    "active_set_complexity": "active_set",
     "advantages": "implicit_reward",
     "answer_metrics": "reward_audit",
     "attack_success": "alignment_attacks",

@@ -93,15 +93,15 @@ class BlockCoordinate:
     """Minimise a smooth function plus a sum over coordinates, a block at a time.
 
     Args:
-        select: which block: "random", "cyclic", "perm", "lipschitz", "gs" (also "gs_s"), "gsl", "gsd", "gsq", "gsq_iht", "gs_r", "gs_q",
-            "forest"; see `coordinate_rules`.
+        select: which block: "random", "cyclic", "perm", "lipschitz", "gs" (also "gs_s"), "gsl", "gsd", "gsq", "gsq_iht", "gsq_niht", "gs_r",
+            "gs_q", "forest"; see `coordinate_rules`.
         update: how far: "lipschitz", "diagonal", "backtracking", "hessian", "exact", "newton", "projected_newton", "two_metric"; see
             `coordinate_updates`.
         block_size: coordinates of a block; 5 where it is None, and with select="forest" as many as fit.
         partition: None for variable blocks, or fixed ones: "order", "sort", "avg", "sort_rows", "avg_rows", "red_black", "forest", "groups"
             (those of a group lasso), or a list of index tensors.
         diagonal: D of "gsd" and "diagonal": "rows" (`sum_j |H_ij|`) or "lipschitz" (`block_size L_i`).
-        max_iter: blocks moved at most.
+        iterations: blocks moved at most.
         tol: norm of the least subgradient that is asked for; of a `Composite`, its relative tolerance.
         seed: of random rules.
 
@@ -125,7 +125,7 @@ class BlockCoordinate:
         block_size: int | None = None,
         partition: str | Sequence[Tensor] | None = None,
         diagonal: str = "rows",
-        max_iter: int = 10_000,
+        iterations: int = 10_000,
         tol: float = 1e-8,
         seed: int = 0,
     ) -> None:
@@ -139,12 +139,12 @@ class BlockCoordinate:
             raise InputError(f"BlockCoordinate: diagonal is 'rows' or 'lipschitz', and it is {diagonal!r}.")
         if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
             raise InputError(f"BlockCoordinate: block_size counts coordinates, from 1, and it is {block_size!r}.")
-        if max_iter < 0 or not tol >= 0:
-            raise InputError(f"BlockCoordinate: max_iter and tol must not be negative, but they are {max_iter} and {tol}.")
+        if iterations < 0 or not tol >= 0:
+            raise InputError(f"BlockCoordinate: iterations and tol must not be negative, but they are {iterations} and {tol}.")
         if select == "forest" and partition is not None:
             raise IncompatibleError("BlockCoordinate: select='forest' chooses its own blocks; leave partition out, or use partition='forest'.")
         self.select, self.update, self.block_size, self.partition = select, update, block_size, partition
-        self.diagonal, self.max_iter, self.tol, self.seed = diagonal, max_iter, tol, seed
+        self.diagonal, self.iterations, self.tol, self.seed = diagonal, iterations, tol, seed
         self._last: dict[str, Any] = {}
         self._resume: dict[str, Any] | None = None
 
@@ -181,8 +181,12 @@ class BlockCoordinate:
             w, b = (w[:, :-1], w[:, -1]) if problem.intercept else (w, w.new_zeros(shape[0]))
             return (w, b) if problem.outputs is not None else (w[0], b[0])
 
-        result = self._descend(model, problem.penalty, None, lambda x: problem.residual(*read(x)) <= problem.tolerance(self.tol))
-        w, b = (part.clone() for part in read(result.x))
+        def settled(x: Tensor) -> tuple[Tensor, Tensor]:
+            w, b = read(x)
+            return w, problem.settle(problem.design.predict(w), b)
+
+        result = self._descend(model, problem.penalty, None, lambda x: problem.residual(*settled(x)) <= problem.tolerance(self.tol))
+        w, b = (part.clone() for part in settled(result.x))
         certificate = problem.certify(w, b, self.tol, result.certificate.iterations, result.history, result.certificate.status)
         reason = f"{self.select} blocks, {self.update} steps"
         return Solution(w, b, certificate, self.name, reason, time.perf_counter() - started, {"result": result})
@@ -210,8 +214,8 @@ class BlockCoordinate:
                     break
             elif (greedy or whole) and residual() <= self.tol:
                 break
-            if scene.turn - first >= self.max_iter:
-                status = f"stopped after {self.max_iter} blocks"
+            if scene.turn - first >= self.iterations:
+                status = f"stopped after {self.iterations} blocks"
                 break
             block = choose(scene, state)
             d = move(scene, state, block) if len(block) else state.x[block]

@@ -218,11 +218,16 @@ class LinearModel:
         """Return the outputs and the inputs of a block's coordinates."""
         return block // self.inputs, block % self.inputs
 
+    @cached_property
+    def _transposed(self) -> Tensor:
+        matrix: Tensor = self.design.matrix.T.contiguous()
+        return matrix
+
     def columns(self, inputs: Tensor) -> Tensor:
-        """Return columns of A, dense [n, k]."""
+        """Return columns of A, dense [n, k]; they are read from a transposed copy, where they are contiguous."""
         if self.design.sparse:
             return torch.from_numpy(self.design.matrix[:, inputs.numpy()].toarray())
-        return self.design.matrix[:, inputs]
+        return self._transposed[inputs].T
 
     def coupling(self, outputs: Tensor, classes: int | None = None) -> Tensor | float:
         """Return M between the outputs of a block's coordinates, [k, k]."""
@@ -257,7 +262,7 @@ class LinearModel:
 
     def _gram_times(self, inputs: Tensor, d: Tensor) -> Tensor:
         if self.keeps_gram:
-            return self.gram[:, inputs] @ d
+            return d @ self.gram[inputs]
         return self.design.correlate(self.share * (self.columns(inputs) @ d))
 
     @cached_property

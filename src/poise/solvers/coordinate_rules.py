@@ -5,7 +5,8 @@
     gsl     max  ||s_b||^2 / L_b                   variable blocks: sum of s_i^2 / L_i
     gsd     max  sum s_i^2 / D_i                   diag(D_b) >= H_b, D_i = sum_j |H_ij| or block_size L_i: the top entries are the exact maximum
     gsq     max  grad_b' H_b^-1 grad_b             the largest guaranteed progress; fixed blocks, or every block of few coordinates
-    gsq_iht the same by iterative hard thresholding
+    gsq_iht the same by iterative hard thresholding with the step 1 / lambda_max(H)
+    gsq_niht  the same in coordinates scaled by sqrt(L_i), with the step that is best on the support: it moves where gsq_iht's step is too short
     gs_r    max  ||prox step||^2
     gs_q    min  over d of the model with h: the largest guaranteed progress of single steps
     forest  the nodes of highest gsl score whose graph is a forest
@@ -262,6 +263,44 @@ def gsq_iht_block(scene: Scene, state: State) -> Tensor:
     return block
 
 
+def gsq_niht_block(scene: Scene, state: State) -> Tensor:
+    """Normalised iterative hard thresholding in `u = sqrt(L) d`; a step that does not lower the model is halved.
+
+    `lambda_max(H)` of ill-scaled columns is so large that a step of gsq_iht leaves the first block as it is.
+    """
+    _refuse_penalty(scene, "gsq_niht")
+    if scene.partition is not None:
+        raise IncompatibleError("BlockCoordinate: gsq_niht is for variable blocks; with a partition use select='gsq'.")
+    root = scene.smooth.lipschitz.sqrt()
+    g = _divide(state.gradient, root)
+
+    def times(u: Tensor, block: Tensor) -> Tensor:
+        return _divide(scene.smooth.bound_times(block, u[block] / root[block]), root)
+
+    block = _pick(scene, g.square())
+    u = torch.zeros_like(g).index_copy(0, block, -g[block])
+    hu = times(u, block)
+    value = float(g @ u + 0.5 * u @ hu)
+    for _ in range(IHT_STEPS):
+        left = g + hu
+        inside = torch.zeros_like(g).index_copy(0, block, left[block])
+        bend = float(inside @ times(inside, block))
+        length = float(inside @ inside) / bend if bend > 0 else 0.0
+        for _ in range(8):
+            moved = u - length * left
+            fresh = (largest(moved.abs(), scene.block_size) & (moved != 0)).nonzero()[:, 0]
+            kept = torch.zeros_like(g).index_copy(0, fresh, moved[fresh])
+            h_kept = times(kept, fresh)
+            trial = float(g @ kept + 0.5 * kept @ h_kept)
+            if trial < value - 1e-12 * abs(value):
+                break
+            length /= 2.0
+        else:
+            return block
+        block, u, hu, value = fresh, kept, h_kept, trial
+    return block
+
+
 def _refuse_penalty(scene: Scene, rule: str) -> None:
     if not scene.charge.free:
         raise IncompatibleError(f"BlockCoordinate: {rule} knows no penalty. Use select='gs_q', which scores with it.")
@@ -286,6 +325,7 @@ GREEDY: dict[str, Rule] = {
     "gsl": gsl_block,
     "gsq": gsq_block,
     "gsq_iht": gsq_iht_block,
+    "gsq_niht": gsq_niht_block,
 }
 RULES: dict[str, Rule] = {
     **GREEDY,
