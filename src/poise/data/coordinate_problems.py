@@ -23,11 +23,13 @@ from poise.errors import InputError
 __all__ = ["ill_scaled_classes", "ill_scaled_regression", "ill_scaled_softmax", "lattice", "two_moons"]
 
 
-def ill_scaled_regression(n: int = 1000, inputs: int = 10_000, seed: int = 0, scale: float = 10.0) -> tuple[Tensor, Tensor]:
+def ill_scaled_regression(
+    n: int = 1000, inputs: int = 10_000, seed: int = 0, scale: float = 10.0
+) -> tuple[Tensor, Tensor]:
     """Return a design [n, inputs] and targets [n], float64: the paper's data set A.
 
-    Entries are `N(1, 1)`, kept with probability `10 log(n) / n`; column j is multiplied by `scale N(0, 1)`, so Lipschitz constants differ by
-    many orders of magnitude. One weight in ten is not 0.
+    Entries are `N(1, 1)`, kept with probability `10 log(n) / n`; column j is multiplied by `scale N(0, 1)`, so Lipschitz constants
+    differ by many orders of magnitude. One weight in ten is not 0.
 
     >>> a, y = ill_scaled_regression(50, 20)
     >>> a.shape, y.shape
@@ -39,7 +41,9 @@ def ill_scaled_regression(n: int = 1000, inputs: int = 10_000, seed: int = 0, sc
     return a, a @ w + torch.randn(n, generator=generator, dtype=torch.float64)
 
 
-def ill_scaled_classes(n: int = 1000, inputs: int = 10_000, seed: int = 0, scale: float = 10.0) -> tuple[Tensor, Tensor]:
+def ill_scaled_classes(
+    n: int = 1000, inputs: int = 10_000, seed: int = 0, scale: float = 10.0
+) -> tuple[Tensor, Tensor]:
     """Return a design and classes 0 and 1 [n], float64: data set B; one label in ten is wrong."""
     generator = torch.Generator().manual_seed(seed)
     a = _design(n, inputs, scale, generator)
@@ -81,7 +85,9 @@ def lattice(
     """
     from scipy import sparse
 
-    path = [sparse.diags_array([np.ones(k - 1), np.ones(k - 1)], offsets=[1, -1], shape=(k, k)) for k in (rows, columns)]
+    path = [
+        sparse.diags_array([np.ones(k - 1), np.ones(k - 1)], offsets=[1, -1], shape=(k, k)) for k in (rows, columns)
+    ]
     grid = sparse.kron(sparse.eye_array(columns), path[0]) + sparse.kron(path[1], sparse.eye_array(rows))
     known, labels = _labels(rows * columns, labelled, seed)
     return (weight * grid).tocsr(), torch.where(known, 10.0 * labels, 0.0), known

@@ -2,9 +2,9 @@
 
     delta = min over entries at a kink or bound of  dist(-grad_i f(x*), border of dh_i(x*_i))       l1: lambda - |grad_i f(x*)|
 
-An entry at a kink stays where the solution has it once `||x - x*|| <= delta / (2 L)`: its step with a constant of at most L then lands on the
-kink. With a linear rate `||x_k - x*|| <= (1 - 1/kappa)^k ||x_0 - x*||` this takes at most `kappa log(2 L ||x_0 - x*|| / delta)` steps; methods that
-move blocks need as many more as it takes to visit every coordinate.
+An entry at a kink stays where the solution has it once `||x - x*|| <= delta / (2 L)`: its step with a constant of at most L then lands
+on the kink. With a linear rate `||x_k - x*|| <= (1 - 1/kappa)^k ||x_0 - x*||` this takes at most `kappa log(2 L ||x_0 - x*|| / delta)`
+steps; methods that move blocks need as many more as it takes to visit every coordinate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def active_set_complexity(
     smooth: CoordinateSmooth,
     penalty: Any,
     x_star: Tensor,
-    L: float | None = None,  # noqa: N803 - the constant's name in the field
+    L: float | None = None,
     mu: float = 0.0,
     *,
     x0: Tensor | None = None,
@@ -94,15 +94,16 @@ def active_set_complexity(
         raise IncompatibleError(
             f"active_set_complexity: kinks are known for l1, l2 and bounds, not for {type(penalty).__name__}."
         )
-    L = 1.001 * smooth.largest if L is None else L  # noqa: N806
+    L = 1.001 * smooth.largest if L is None else L
     if not (L > 0 and 0 <= mu <= L * (1 + 1e-9)):
-        raise InputError(f"active_set_complexity: constants must satisfy 0 <= mu <= L and L > 0, but L = {L} and mu = {mu}.")
+        raise InputError(
+            f"active_set_complexity: constants must satisfy 0 <= mu <= L and L > 0, but L = {L} and mu = {mu}."
+        )
     x_star = x_star.to(lipschitz)
     gradient = smooth.at(x_star).gradient
-    delta, weakest, kinked = _nondegeneracy(h, x_star, gradient, L)
+    delta, weakest, kinked = _nondegeneracy(h, x_star, gradient, smooth.at(torch.zeros_like(x_star)).gradient)
     start = torch.zeros_like(x_star) if x0 is None else x0.to(lipschitz)
     distance = float((start - x_star).norm())
-    largest_block = min(L, block_size * float(lipschitz.max()))
     predicted = _steps(L / mu if mu > 0 else math.inf, 2 * L * distance, delta)
     passes = math.ceil(smooth.size / block_size)
     block_constant = min(L, block_size * float(lipschitz.max()))
@@ -124,14 +125,16 @@ def active_set_complexity(
     )
 
 
-def _nondegeneracy(h: BoundedElasticNet, x: Tensor, gradient: Tensor, scale: float) -> tuple[float, int | None, Tensor]:
+def _nondegeneracy(
+    h: BoundedElasticNet, x: Tensor, gradient: Tensor, at_zero: Tensor
+) -> tuple[float, int | None, Tensor]:
     """Return delta, where it is attained, and which entries stand at a kink or a bound."""
     off = float(h.distance(x, gradient).max())
-    size = float(gradient.abs().max()) + scale * float(x.abs().max()) * torch.finfo(x.dtype).eps * 1e3
-    if off > 1e-6 * max(size, 1e-300):
+    size = max(float(gradient.abs().max()), float(at_zero.abs().max()))
+    if off > 1e-6 * size:
         raise InputError(
-            f"active_set_complexity: x_star is no solution: its least subgradient has an entry of {off:.3g}, and the gradient one of "
-            f"{float(gradient.abs().max()):.3g}. Solve to a smaller tolerance."
+            f"active_set_complexity: x_star is no solution: its least subgradient has an entry of {off:.3g}, and gradients have entries of "
+            f"{size:.3g}. Solve to a smaller tolerance."
         )
     low, high = h.slopes(x)
     kinked = low < high

@@ -27,7 +27,7 @@ from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWar
 from poise.problem import Certificate
 from poise.solvers.coordinate_losses import CoordinateSmooth, LinearModel, State
 from poise.solvers.coordinate_partitions import Partition, part
-from poise.solvers.coordinate_penalty import BoundedElasticNet, charge_of, group_labels
+from poise.solvers.coordinate_penalty import charge_of, group_labels
 from poise.solvers.coordinate_rules import GREEDY, RULES, Scene
 from poise.solvers.coordinate_updates import UPDATES
 
@@ -93,8 +93,8 @@ class BlockCoordinate:
     """Minimise a smooth function plus a sum over coordinates, a block at a time.
 
     Args:
-        select: which block: "random", "cyclic", "perm", "lipschitz", "gs" (also "gs_s"), "gsl", "gsd", "gsq", "gsq_iht", "gsq_niht", "gs_r",
-            "gs_q", "forest"; see `coordinate_rules`.
+        select: which block: "random", "cyclic", "perm", "lipschitz", "gs" (also "gs_s"), "gsl", "gsd", "gsq", "gsq_iht", "gsq_niht",
+            "gs_r", "gs_q", "forest"; see `coordinate_rules`.
         update: how far: "lipschitz", "diagonal", "backtracking", "hessian", "exact", "newton", "projected_newton", "two_metric"; see
             `coordinate_updates`.
         block_size: coordinates of a block; 5 where it is None, and with select="forest" as many as fit.
@@ -137,12 +137,18 @@ class BlockCoordinate:
                 )
         if diagonal not in ("rows", "lipschitz"):
             raise InputError(f"BlockCoordinate: diagonal is 'rows' or 'lipschitz', and it is {diagonal!r}.")
-        if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+        if block_size is not None and (
+            isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1
+        ):
             raise InputError(f"BlockCoordinate: block_size counts coordinates, from 1, and it is {block_size!r}.")
         if iterations < 0 or not tol >= 0:
-            raise InputError(f"BlockCoordinate: iterations and tol must not be negative, but they are {iterations} and {tol}.")
+            raise InputError(
+                f"BlockCoordinate: iterations and tol must not be negative, but they are {iterations} and {tol}."
+            )
         if select == "forest" and partition is not None:
-            raise IncompatibleError("BlockCoordinate: select='forest' chooses its own blocks; leave partition out, or use partition='forest'.")
+            raise IncompatibleError(
+                "BlockCoordinate: select='forest' chooses its own blocks; leave partition out, or use partition='forest'."
+            )
         self.select, self.update, self.block_size, self.partition = select, update, block_size, partition
         self.diagonal, self.iterations, self.tol, self.seed = diagonal, iterations, tol, seed
         self._last: dict[str, Any] = {}
@@ -185,9 +191,13 @@ class BlockCoordinate:
             w, b = read(x)
             return w, problem.settle(problem.design.predict(w), b)
 
-        result = self._descend(model, problem.penalty, None, lambda x: problem.residual(*settled(x)) <= problem.tolerance(self.tol))
+        result = self._descend(
+            model, problem.penalty, None, lambda x: problem.residual(*settled(x)) <= problem.tolerance(self.tol)
+        )
         w, b = (part.clone() for part in settled(result.x))
-        certificate = problem.certify(w, b, self.tol, result.certificate.iterations, result.history, result.certificate.status)
+        certificate = problem.certify(
+            w, b, self.tol, result.certificate.iterations, result.history, result.certificate.status
+        )
         reason = f"{self.select} blocks, {self.update} steps"
         return Solution(w, b, certificate, self.name, reason, time.perf_counter() - started, {"result": result})
 
@@ -257,7 +267,8 @@ class BlockCoordinate:
         limit = 1e-6 if run.state.x.dtype == torch.float64 else 1e-3
         if not drift <= limit:
             raise StateError(
-                f"BlockCoordinate: the residual had drifted by {drift:.2g} of its size, and {limit:g} is the most that rounding explains. The data "
+                f"BlockCoordinate: the residual had drifted by {drift:.2g} of its size, and {limit:g} is the most "
+                "that rounding explains. The data "
                 "were changed while it ran; start again."
             )
         run.value = run.state.value() + run.scene.charge.value(run.state.x)
@@ -271,7 +282,8 @@ class BlockCoordinate:
         if bool((lipschitz < 0).any()) or not bool(torch.isfinite(lipschitz).all()):
             worst = int(lipschitz.nan_to_num(-math.inf).argmin())
             raise InputError(
-                f"BlockCoordinate: Lipschitz constants must be finite and not negative, and that of coordinate {worst} is {float(lipschitz[worst])}."
+                "BlockCoordinate: Lipschitz constants must be finite and not negative, and that of coordinate "
+                f"{worst} is {float(lipschitz[worst])}."
             )
         split = self._partition(smooth, penalty, size)
         _, outputs, intercept = _layout(smooth)
@@ -282,13 +294,17 @@ class BlockCoordinate:
         self._check_pair(scene)
         x = torch.zeros_like(lipschitz) if x0 is None else x0.to(lipschitz)
         if x.shape != (smooth.size,):
-            raise InputError(f"BlockCoordinate: x0 must have [{smooth.size}] entries, and its shape is {list(x.shape)}.")
+            raise InputError(
+                f"BlockCoordinate: x0 must have [{smooth.size}] entries, and its shape is {list(x.shape)}."
+            )
         # Where f does not depend on a coordinate, h alone decides.
         x = torch.where(lipschitz > 0, x, charge.prox(x, 1e30)) if not charge.free and charge.exact is not None else x
         state = smooth.at(x)
         value = state.value() + charge.value(state.x)
         if self._resume is None and not math.isfinite(value):
-            raise NonFiniteError(f"BlockCoordinate: the objective is {value} at the start: x0 must be finite and within the bounds.")
+            raise NonFiniteError(
+                f"BlockCoordinate: the objective is {value} at the start: x0 must be finite and within the bounds."
+            )
         run = _Run(state, scene, value, [value], [int((x != 0).sum())])
         if self._resume is not None:
             if x0 is not None:
@@ -303,16 +319,22 @@ class BlockCoordinate:
             return part(self.partition, smooth, size)
         labels = group_labels(penalty, *_layout(smooth))
         if labels is None:
-            raise IncompatibleError("BlockCoordinate: partition='groups' takes the groups of a group lasso, and there is none.")
+            raise IncompatibleError(
+                "BlockCoordinate: partition='groups' takes the groups of a group lasso, and there is none."
+            )
         return Partition([(labels == g).nonzero()[:, 0] for g in range(int(labels.max()) + 1)], smooth.size)
 
     def _check_pair(self, scene: Scene) -> None:
         if self.update == "exact" and not scene.smooth.quadratic:
             raise IncompatibleError("BlockCoordinate: update='exact' is for quadratics; use 'newton' (or 'hessian').")
         if self.select == "forest" and self.update in ("hessian", "newton", "exact") and not scene.charge.free:
-            raise IncompatibleError("BlockCoordinate: forests are solved exactly without a penalty; leave it out, or use update='diagonal'.")
+            raise IncompatibleError(
+                "BlockCoordinate: forests are solved exactly without a penalty; leave it out, or use update='diagonal'."
+            )
 
-    def _result(self, run: _Run, residual: float, status: str, first: int, seconds: float, warn: bool) -> CoordinateResult:
+    def _result(
+        self, run: _Run, residual: float, status: str, first: int, seconds: float, warn: bool
+    ) -> CoordinateResult:
         state, scene = run.state, run.scene
         met = residual <= self.tol
         if not met and warn:
@@ -332,8 +354,12 @@ class BlockCoordinate:
             support=(state.x != 0).nonzero()[:, 0],
             history=tuple(run.history),
         )
-        counters = Counters(scene.turn - first, 2 * (state.work + scene.solves), state.touched, scene.evaluations, seconds)
-        return CoordinateResult(state.x.clone(), certificate, tuple(run.history), tuple(run.sizes), run.identified, counters)
+        counters = Counters(
+            scene.turn - first, 2 * (state.work + scene.solves), state.touched, scene.evaluations, seconds
+        )
+        return CoordinateResult(
+            state.x.clone(), certificate, tuple(run.history), tuple(run.sizes), run.identified, counters
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -361,7 +387,9 @@ class BlockCoordinate:
         run.state.load_state_dict(saved["state"])
         scene.generator.set_state(saved["generator"])
         scene.turn, run.value, run.identified = saved["turn"], saved["value"], saved["identified"]
-        scene.permutation, scene.estimates = (None if v is None else v.clone() for v in (saved["permutation"], saved["estimates"]))
+        scene.permutation, scene.estimates = (
+            None if v is None else v.clone() for v in (saved["permutation"], saved["estimates"])
+        )
         if saved["partition"] is not None:
             scene.partition = Partition(saved["partition"], len(run.state.x), saved["forests"])
         run.history, run.sizes = [run.value], [int((run.state.x != 0).sum())]
@@ -382,4 +410,8 @@ class BlockCoordinate:
 
 def _layout(smooth: Any) -> tuple[int, int, bool]:
     """Return inputs and outputs of a model whose weight is flattened, and whether the last input is an intercept."""
-    return getattr(smooth, "inputs", smooth.size), getattr(smooth, "outputs", None) or 1, getattr(smooth, "intercept", False)
+    return (
+        getattr(smooth, "inputs", smooth.size),
+        getattr(smooth, "outputs", None) or 1,
+        getattr(smooth, "intercept", False),
+    )

@@ -5,8 +5,8 @@
     LinearModel      sum_i s_i f(a_i' x; y_i)       least squares, logistic, Huber, multinomial       H = M (x) A' diag(s) A
     QuadraticGraph   1/2 x' H x - b' x              in `quadratic_graph`: label propagation           H
 
-A function answers for bounds of its curvature, which do not change; `at(x)` starts a `State` that holds x, value and gradient and moves with
-every block. What a move costs is what it touches: neighbours in a graph, the rows where the block's columns are not 0.
+A function answers for bounds of its curvature, which do not change; `at(x)` starts a `State` that holds x, value and gradient and
+moves with every block. What a move costs is what it touches: neighbours in a graph, the rows where the block's columns are not 0.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def power_iteration(times: Callable[[Tensor], Tensor], like: Tensor, iterations:
 class LinearModel:
     """`sum_i s_i f(A x; y)_i`, a fit of a linear model; `x` is the weight, [inputs], or [outputs, inputs] flattened.
 
-    The bound is `H = M (x) A' diag(s) A` with `M` the fit's smoothness, and `(I - 11'/k) / 2` for the softmax, `k` one more than the block's
-    classes: Boehning's bound, sharper for blocks of few classes.
+    The bound is `H = M (x) A' diag(s) A` with `M` the fit's smoothness, and `(I - 11'/k) / 2` for the softmax, `k` one more than the
+    block's classes: Boehning's bound, sharper for blocks of few classes.
 
     Args:
         a: examples [n, inputs]: a tensor, an array or a SciPy sparse matrix.
@@ -211,7 +211,7 @@ class LinearModel:
 
             scaled = sparse.diags_array(self.share.numpy()) @ self.design.matrix
             return torch.from_numpy(np.asarray((self.design.matrix.T @ scaled).todense()))
-        a = self.design.matrix
+        a: Tensor = self.design.matrix
         return a.T @ (a * self.share[:, None])
 
     def split(self, block: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ class LinearModel:
     @cached_property
     def row_sums(self) -> Tensor:
         sums = torch.empty(self.inputs, dtype=self.design.dtype, device=self.design.device)
-        for inputs in torch.arange(self.inputs, device=sums.device).split(256):
+        for inputs in torch.split(torch.arange(self.inputs, device=sums.device), 256):
             columns = self.columns(inputs) * self.share[:, None]
             rows = self.gram[inputs] if self.keeps_gram else self.design.correlate(columns)
             sums[inputs] = rows.abs().sum(1)
@@ -365,7 +365,9 @@ class _LinearState:
         columns = m.columns(inputs)
         if not m.softmax:
             curvature = m.datafit.curvature(self.z, m.y)
-            weighted = columns * (m.share[:, None] * (curvature[:, None] if curvature.ndim == 1 else curvature[:, outputs]))
+            weighted = columns * (
+                m.share[:, None] * (curvature[:, None] if curvature.ndim == 1 else curvature[:, outputs])
+            )
             inner = columns.T @ weighted
             return inner if m.outputs is None else torch.where(outputs[:, None] == outputs[None], inner, 0.0)
         p = self.z.softmax(1)[:, outputs]
@@ -412,7 +414,9 @@ class _LinearState:
         size = float(self.z.norm()) + float(self.slope.norm()) + float(self.model.y.double().norm())
         drift = float((self.z - z).norm()) / max(size, 1e-300)
         # a gradient that nears 0 is measured by the terms that cancel in it
-        terms = float(self.model.lipschitz.max().sqrt()) * (float(self.slope.norm()) + float(self.model.y.double().norm()))
+        terms = float(self.model.lipschitz.max().sqrt()) * (
+            float(self.slope.norm()) + float(self.model.y.double().norm())
+        )
         return max(drift, float((self._gradient - gradient).norm()) / max(terms, 1e-300))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -437,7 +441,7 @@ def _loops() -> dict[str, Callable[..., Any]]:
     from numba import njit
 
     compiled = njit(cache=True, nogil=True)
-    loops = {"shift": _shift, "follow": _follow}
+    loops: dict[str, Callable[..., Any]] = {"shift": _shift, "follow": _follow}
     return {name: compiled(f) for name, f in loops.items()}
 
 

@@ -1,8 +1,8 @@
 """How coordinates are parted into fixed blocks.
 
-    order       neighbours in their order
-    sort        by Lipschitz constant: like with like, so that L_b is not set by one large coordinate; the best of the fixed ones
-    avg         large and small alternate
+    order                  neighbours in their order
+    sort                   by Lipschitz constant: like with like, so L_b is not set by one large coordinate; the best of the fixed ones
+    avg                    large and small alternate
     sort_rows, avg_rows    the same by `sum_j |H_ij|`
     red_black, forest      independent sets and forests of the Hessian's graph, by falling Lipschitz constant
 """
@@ -84,7 +84,7 @@ def part(rule: str | Sequence[Tensor], smooth: CoordinateSmooth, block_size: int
         ends = torch.stack([order, order.flip(0)], 1).flatten()
         order = ends[: smooth.size]
     # the last block may be smaller
-    return Partition(list(order.to(smooth.lipschitz.device).split(block_size)), smooth.size)
+    return Partition(torch.split(order.to(smooth.lipschitz.device), block_size), smooth.size)
 
 
 def graph_of(smooth: CoordinateSmooth, asked: str) -> Any:
@@ -96,6 +96,7 @@ def graph_of(smooth: CoordinateSmooth, asked: str) -> Any:
     graph = getattr(smooth, "h", None)
     if graph is None:
         raise IncompatibleError(
-            f"BlockCoordinate: {asked} needs the graph of a sparse Hessian, which {type(smooth).__name__} does not have. Use it with QuadraticGraph."
+            f"BlockCoordinate: {asked} needs the graph of a sparse Hessian, which {type(smooth).__name__} does not "
+            "have. Use it with QuadraticGraph."
         )
     return graph

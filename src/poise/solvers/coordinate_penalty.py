@@ -47,7 +47,9 @@ class BoundedElasticNet(Penalty):
         lower: float | Tensor = -math.inf,
         upper: float | Tensor = math.inf,
     ) -> None:
-        parts = [torch.as_tensor(v, dtype=torch.float64) if isinstance(v, int | float) else v for v in (l1, l2, lower, upper)]
+        parts = [
+            torch.as_tensor(v, dtype=torch.float64) if isinstance(v, int | float) else v for v in (l1, l2, lower, upper)
+        ]
         self.l1, self.l2, self.lower, self.upper = parts
         if bool((self.l1 < 0).any()) or bool((self.l2 < 0).any()) or not bool((self.lower <= self.upper).all()):
             raise InputError(
@@ -65,7 +67,9 @@ class BoundedElasticNet(Penalty):
         parts = []
         for v, none in zip((self.l1, self.l2, self.lower, self.upper), free, strict=True):
             spread = v.to(like).expand(outputs, inputs - intercept)
-            parts.append(torch.cat([spread, like.new_full((outputs, 1), none)], 1).flatten() if intercept else spread.flatten())
+            parts.append(
+                torch.cat([spread, like.new_full((outputs, 1), none)], 1).flatten() if intercept else spread.flatten()
+            )
         return BoundedElasticNet(*parts)
 
     def at(self, block: Tensor) -> BoundedElasticNet:
@@ -280,11 +284,13 @@ def charge_of(
         return Entrywise(scaled)
     if scaled.is_separable:
         raise IncompatibleError(
-            f"BlockCoordinate: with an intercept the penalty is l1, l2, bounds or a group lasso, and it is {type(inner).__name__}. Centre the data "
+            "BlockCoordinate: with an intercept the penalty is l1, l2, bounds or a group lasso, and it is "
+            f"{type(inner).__name__}. Centre the data "
             "and leave the intercept out."
         )
     raise IncompatibleError(
-        f"BlockCoordinate: {type(inner).__name__} is no sum over coordinates, so a block cannot be moved alone. Use a proximal method that takes "
+        f"BlockCoordinate: {type(inner).__name__} is no sum over coordinates, so a block cannot be moved alone. Use a "
+        "proximal method that takes "
         "whole steps, or a penalty such as l1, elastic_net, box, mcp."
     )
 
@@ -304,8 +310,9 @@ def group_labels(penalty: Any, inputs: int, outputs: int, intercept: bool) -> Te
 
 
 def _same_parts(one: Tensor, other: Tensor) -> bool:
-    pairs = torch.stack([one, other]).unique(dim=1).shape[1]
-    return pairs == int(one.max()) + 1 == int(other.max()) + 1
+    width = int(other.max()) + 1
+    pairs = len(torch.unique(one * width + other))
+    return pairs == width and pairs == int(one.max()) + 1
 
 
 def _as_penalty(penalty: Any) -> Penalty | None:

@@ -1,15 +1,15 @@
 """Which block comes next.
 
-    random, cyclic, perm, lipschitz     without looking at the gradient; lipschitz samples in proportion to L
-    gs      max  ||s_b||^2                         s the gradient, or the least subgradient where there is a penalty (GS-s)
-    gsl     max  ||s_b||^2 / L_b                   variable blocks: sum of s_i^2 / L_i
-    gsd     max  sum s_i^2 / D_i                   diag(D_b) >= H_b, D_i = sum_j |H_ij| or block_size L_i: the top entries are the exact maximum
-    gsq     max  grad_b' H_b^-1 grad_b             the largest guaranteed progress; fixed blocks, or every block of few coordinates
-    gsq_iht the same by iterative hard thresholding with the step 1 / lambda_max(H)
-    gsq_niht  the same in coordinates scaled by sqrt(L_i), with the step that is best on the support: it moves where gsq_iht's step is too short
-    gs_r    max  ||prox step||^2
-    gs_q    min  over d of the model with h: the largest guaranteed progress of single steps
-    forest  the nodes of highest gsl score whose graph is a forest
+    random, cyclic, perm    without looking at the gradient; lipschitz samples in proportion to L
+    gs          max  ||s_b||^2                 s the gradient, or the least subgradient where there is a penalty (GS-s)
+    gsl         max  ||s_b||^2 / L_b           variable blocks: sum of s_i^2 / L_i
+    gsd         max  sum s_i^2 / D_i           D_i = sum_j |H_ij| or block_size L_i, so diag(D_b) >= H_b: the top entries are the maximum
+    gsq         max  grad_b' H_b^-1 grad_b     the largest guaranteed progress; fixed blocks, or every block of few coordinates
+    gsq_iht     the same by iterative hard thresholding with the step 1 / lambda_max(H)
+    gsq_niht    the same in coordinates scaled by sqrt(L_i), with the step that is best on the support
+    gs_r        max  ||proximal step||^2
+    gs_q        min  of the model with h, one entry or group at a time
+    forest      the nodes of highest gsl score whose graph is a forest
 
 Greedy rules see the whole gradient. Equal scores go to the lower index, and coordinates that cannot make progress stay out.
 """
@@ -71,7 +71,9 @@ class Scene:
     def diagonal(self) -> Tensor:
         if self.rows:
             return self.smooth.row_sums
-        sizes = self.block_size if self.partition is None else torch.bincount(self.partition.owner)[self.partition.owner]
+        sizes = (
+            self.block_size if self.partition is None else torch.bincount(self.partition.owner)[self.partition.owner]
+        )
         return self.smooth.lipschitz * sizes
 
     @cached_property
@@ -128,7 +130,7 @@ def cyclic_block(scene: Scene, state: State) -> Tensor:
     """Take blocks in their order."""
     if scene.partition is not None:
         return scene.partition.blocks[scene.turn % len(scene.partition)]
-    parts = scene.usable.split(scene.block_size)
+    parts: tuple[Tensor, ...] = torch.split(scene.usable, scene.block_size)
     return parts[scene.turn % len(parts)]
 
 
@@ -212,7 +214,10 @@ def gsq_block(scene: Scene, state: State) -> Tensor:
     _refuse_penalty(scene, "gsq")
     if 0 not in scene._inverse:
         blocks = _candidates(scene)
-        scene._inverse = {0: blocks, 1: torch.stack([_pseudo_inverse(scene.smooth, b[b >= 0], blocks.shape[1]) for b in blocks])}
+        scene._inverse = {
+            0: blocks,
+            1: torch.stack([_pseudo_inverse(scene.smooth, b[b >= 0], blocks.shape[1]) for b in blocks]),
+        }
     blocks, inverse = scene._inverse[0], scene._inverse[1]
     g = torch.where(blocks >= 0, state.gradient[blocks.clamp_min(0)], 0.0)
     scores = torch.einsum("bi,bij,bj->b", g, inverse, g)
@@ -228,7 +233,8 @@ def _candidates(scene: Scene) -> Tensor:
     number = math.comb(scene.smooth.size, size)
     if number > ENUMERATED:
         raise InputError(
-            f"BlockCoordinate: gsq would look at {number:,} blocks of {size} among {scene.smooth.size} coordinates, and {ENUMERATED:,} is the "
+            f"BlockCoordinate: gsq would look at {number:,} blocks of {size} among {scene.smooth.size} coordinates, "
+            f"and {ENUMERATED:,} is the "
             "most. Use select='gsq_iht', or a partition."
         )
     return torch.tensor(list(itertools.combinations(range(scene.smooth.size), size)), device=scene.usable.device)

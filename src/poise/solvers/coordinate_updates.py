@@ -189,18 +189,21 @@ def solve_semidefinite(h: Tensor, g: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(h)
     kept = values > CUTOFF * values[-1].clamp_min(0.0)
     inverse = torch.where(kept & (values > 0), 1.0 / torch.where(values > 0, values, 1.0), 0.0)
-    return vectors @ (inverse * (vectors.T @ g))
+    found: Tensor = vectors @ (inverse * (vectors.T @ g))
+    return found
 
 
 def block_minimum(h: Tensor, g: Tensor, x: Tensor, penalty: BoundedElasticNet) -> Tensor:
     """Minimise `<g, d> + 1/2 d' H d + h(x + d)` to rounding; `penalty` is that of the block.
 
-    Coordinate descent guesses which entries stand at a kink or a bound; a linear solve over the others settles the rest where it keeps their
-    signs and leaves no slope at those that stand.
+    Coordinate descent guesses which entries stand at a kink or a bound; a linear solve over the others settles the rest where it keeps
+    their signs and leaves no slope at those that stand.
     """
     like = x
     matrix, slope, start = (v.detach().cpu().double().numpy().copy() for v in (h, g, x))
-    l1, l2, lower, upper = (v.detach().cpu().double().numpy() for v in (penalty.l1, penalty.l2, penalty.lower, penalty.upper))
+    l1, l2, lower, upper = (
+        v.detach().cpu().double().numpy() for v in (penalty.l1, penalty.l2, penalty.lower, penalty.upper)
+    )
     matrix[np.diag_indices(len(start))] += l2
     y = start.copy()
     # the gradient of the smooth part of the model at y, ridge included

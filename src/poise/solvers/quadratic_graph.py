@@ -71,7 +71,9 @@ class QuadraticGraph:
         w = sparse.csr_array((data, indices, indptr), shape=(n, n))
         w = w - sparse.diags_array(w.diagonal())
         if w.nnz and w.data.min() < 0:
-            raise InputError(f"QuadraticGraph.propagation: weights must not be negative, and the least is {w.data.min():g}.")
+            raise InputError(
+                f"QuadraticGraph.propagation: weights must not be negative, and the least is {w.data.min():g}."
+            )
         part = connected_components(w, directed=False)[1]
         seen = known.numpy()
         lost = np.setdiff1d(np.unique(part[~seen]), part[seen])
