@@ -11,7 +11,7 @@ import torch
 
 import poise
 from poise.errors import IncompatibleError, InputError, PoiseWarning
-from poise.solve import choose, minimize, solve, solve_path
+from poise.solving import choose, minimize, solve, solve_path
 from poise.structure import composite_of
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from poise.composite import Composite, Solution
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
-from poise.penalties import Indicator, Penalty, Scaled, SparseSimplex
+from poise.penalties import Penalty, Scaled
 from poise.problem import Problem, Step
 
 
@@ -149,7 +149,7 @@ class ProximalGradient:
         with torch.no_grad():
             for term in _terms(objective).values():
                 penalty = proximal_part(term)
-                if isinstance(penalty, Indicator | SparseSimplex):
+                if penalty is not None and penalty.is_set:
                     for p in term.charged(trained).values():
                         p.copy_(penalty.prox(p))
 

@@ -190,7 +190,7 @@ def solve_path(
     inner = problem.penalty
     if inner.penalty is None and inner.ridge == 0:
         raise IncompatibleError("The formula has no penalty, so there is no weight to vary along a path.")
-    if inner.penalty is not None and not math.isfinite(float(inner.penalty.value(problem.zeros()[0] + 0.123))):
+    if inner.penalty is not None and inner.penalty.is_set:
         raise IncompatibleError(
             f"{type(inner.penalty).__name__} is a set, which no weight changes, so there is no path."
         )
@@ -198,7 +198,8 @@ def solve_path(
         if factors < 2 or not 0 < smallest < 1:
             raise InputError("A path has at least 2 points, and its smallest weight is a share in (0, 1).")
         top = problem.largest_weight() / inner.weight if inner.weight > 0 else math.inf
-        top = top if math.isfinite(top) and top > 0 else 100.0
+        # a touch above, so that rounding lets nothing in at the first point
+        top = top * (1 + 1e-6) if math.isfinite(top) and top > 0 else 100.0
         factors = [float(f) for f in np.geomspace(top, top * smallest, factors)]
     found: list[PathPoint] = []
     start = None
