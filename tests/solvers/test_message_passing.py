@@ -123,6 +123,8 @@ def test_bad_input_is_named() -> None:
         forest_solve(torch.eye(3), torch.ones(2))
     with pytest.raises(InputError, match="each at most once"):
         forest_solve(torch.eye(3), torch.ones(3), torch.tensor([1, 1]))
+    with pytest.raises(InputError, match="must be symmetric"):
+        forest_solve(torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.0, 0.0], [0.1, 0.0, 1.0]]), torch.ones(3))
     with pytest.raises(InputError, match="square"):
         forest_solve(torch.ones(2, 3), torch.ones(2))
     with pytest.raises(InputError, match="one score without NaN"):

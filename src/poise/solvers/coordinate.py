@@ -33,6 +33,8 @@ from poise.solvers.coordinate_updates import UPDATES
 
 __all__ = ["BlockCoordinate", "CoordinateResult", "Counters"]
 
+CHECK = 10
+"""Blocks of a greedy rule after which a certificate is computed."""
 REFRESH = 10
 """Passes over all coordinates after which incremental sums are computed anew."""
 
@@ -211,6 +213,8 @@ class BlockCoordinate:
         run = self._start(smooth, penalty, x0)
         scene, state = run.scene, run.state
         every = max(1, math.ceil(smooth.size / scene.block_size))
+        # a greedy rule has the gradient at hand, so it can afford to look more often
+        checked = min(every, CHECK) if self.select in GREEDY else every
         greedy, choose, move = self.select in GREEDY, RULES[self.select], UPDATES[self.update]
         first, status = scene.turn, ""
 
@@ -218,7 +222,7 @@ class BlockCoordinate:
             return float(scene.charge.distance(state.x, state.gradient).norm())
 
         while True:
-            whole = (scene.turn - first) % every == 0
+            whole = (scene.turn - first) % checked == 0
             if enough is not None:
                 if whole and enough(state.x):
                     break

@@ -353,7 +353,11 @@ class _LinearState:
         m = self.model
         if m.quadratic:
             # without the difference of two values, whose rounding would hide it
-            return float(self.gradient_of(block) @ d + 0.5 * d @ (m.bound(block) @ d))
+            slope = float(self.gradient_of(block) @ d)
+            if m.keeps_gram:
+                return slope + 0.5 * float(d @ (m.bound(block) @ d))
+            moved = self._shifted(block, d) - self.z
+            return slope + 0.5 * float((m.share * (moved.square() if moved.ndim == 1 else moved.square().sum(1))).sum())
         moved = m.datafit.value(self._shifted(block, d), m.y) - m.datafit.value(self.z, m.y)
         return float((m.share * moved).sum())
 

@@ -1,10 +1,10 @@
 """How coordinates are parted into fixed blocks.
 
-    order                  neighbours in their order
-    sort                   by Lipschitz constant: like with like, so L_b is not set by one large coordinate; the best of the fixed ones
-    avg                    large and small alternate
-    sort_rows, avg_rows    the same by `sum_j |H_ij|`
-    red_black, forest      independent sets and forests of the Hessian's graph, by falling Lipschitz constant
+order                  neighbours in their order
+sort                   by Lipschitz constant: like with like, so L_b is not set by one large coordinate; the best of the fixed ones
+avg                    large and small alternate
+sort_rows, avg_rows    the same by `sum_j |H_ij|`
+red_black, forest      independent sets and forests of the Hessian's graph, by falling Lipschitz constant
 """
 
 from __future__ import annotations

@@ -55,20 +55,32 @@ def forest_solve(h: Any, b: Tensor, block: Tensor | None = None, x: Tensor | Non
             f"forest_solve: h is [{n}, {n}], so b and x are [{n}], but they are {list(b.shape)} and "
             f"{None if x is None else list(x.shape)}."
         )
-    nodes = np.arange(n) if block is None else _nodes("forest_solve", block, n)
-    right = _numpy(b)
+    nodes = np.empty(0, np.int64) if block is None else _nodes("forest_solve", block, n)
+    if block is not None and len(nodes) == 0:
+        return b[:0]
     fixed = np.zeros(0) if x is None else _numpy(x)
-    solved, first, second = _loops()["solve"](indptr, indices, data, nodes, right, fixed)
-    if first >= 0 and second >= 0:
-        raise InputError(
-            f"forest_solve: the block's graph is no forest: the edge ({first}, {second}) closes a cycle. "
-            "Choose the block with greedy_forest, or solve it with a sparse factorisation."
-        )
-    if first >= 0:
-        raise InputError(
-            f"forest_solve: the block is not positive definite: nothing above 0 is left of the diagonal at node {first}."
-        )
+    solved, place, wrong = _loops()["solve"](indptr, indices, data, data.view(np.int64), nodes, _numpy(b), fixed)
+    if wrong:
+        raise _failure(indptr, indices, data, nodes, place, wrong)
     return torch.from_numpy(solved).to(dtype=b.dtype, device=b.device)
+
+
+def _failure(indptr: Any, indices: Any, data: Any, nodes: Any, place: int, wrong: int) -> InputError:
+    if wrong == 1:
+        node = int(nodes[place]) if len(nodes) else place
+        return InputError(
+            f"forest_solve: the block is not positive definite: nothing above 0 is left of the diagonal at node {node}."
+        )
+    inside = np.ones(len(indptr) - 1, np.bool_) if len(nodes) == 0 else np.isin(np.arange(len(indptr) - 1), nodes)
+    first, second = _loops()["closing_edge"](indptr, indices, data, inside)
+    if wrong == 2 or first < 0:
+        return InputError(
+            "forest_solve: h must be symmetric with one entry an edge, and it is not. Give (h + h.T) / 2, duplicates summed."
+        )
+    return InputError(
+        f"forest_solve: the block's graph is no forest: the edge ({first}, {second}) closes a cycle. "
+        "Choose the block with greedy_forest, or solve it with a sparse factorisation."
+    )
 
 
 def greedy_forest(scores: Tensor, graph: Any, size: int | None = None) -> Tensor:
@@ -153,7 +165,7 @@ def lattice_combs(rows: int, columns: int) -> list[Tensor]:
 
 
 def csr_of(name: str, matrix: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return row pointers (int64), columns (int64) and values (float64) of a square matrix.
+    """Return row pointers and columns (int32 or int64) and values (float64) of a square matrix.
 
     Raises:
         InputError: it is not square; the message begins with `name`.
@@ -164,11 +176,8 @@ def csr_of(name: str, matrix: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
         raise InputError(f"{name}: a square matrix was expected, and its shape is {list(matrix.shape)}.")
     matrix = matrix.tocsr()
     indptr, indices, data = matrix.indptr, matrix.indices, matrix.data
-    return (
-        np.ascontiguousarray(indptr, np.int64),
-        np.ascontiguousarray(indices, np.int64),
-        np.ascontiguousarray(data, np.float64),
-    )
+    indptr, indices = (np.ascontiguousarray(v, v.dtype if v.dtype == np.int32 else np.int64) for v in (indptr, indices))
+    return indptr, indices, np.ascontiguousarray(data, np.float64)
 
 
 def _scipy(matrix: Tensor) -> Any:
@@ -213,69 +222,101 @@ def _loops() -> dict[str, Callable[..., Any]]:
     from numba import njit
 
     compiled = njit(cache=True, nogil=True)
-    return {name: compiled(f) for name, f in (("solve", _solve), ("greedy", _greedy), ("first_fit", _first_fit_loop))}
+    loops: dict[str, Callable[..., Any]] = {
+        "closing_edge": _closing_edge,
+        "first_fit": _first_fit_loop,
+        "greedy": _greedy,
+        "solve": _solve,
+    }
+    return {name: compiled(f) for name, f in loops.items()}
 
 
-def _solve(indptr: Any, indices: Any, data: Any, nodes: Any, b: Any, fixed: Any) -> tuple[Any, int, int]:
-    """Return the solution and (-1, -1), or the edge that closes a cycle, or (node, -1) where a pivot is not above 0."""
-    n, k = len(indptr) - 1, len(nodes)
-    place = np.full(n, -1, np.int64)
-    for i in range(k):
-        place[nodes[i]] = i
-    # Places are renamed in the order of the search: a parent stands before its children, and memory is read in order.
-    turn = np.full(k, -1, np.int64)
-    order = np.empty(k, np.int64)
-    parent = np.empty(k, np.int64)
-    weight = np.empty(k)
-    d, c, x = np.empty(k), np.empty(k), np.empty(k)
-    seen = 0
-    for root in range(k):
-        if turn[root] >= 0:
-            continue
-        turn[root] = seen
-        order[seen] = root
-        parent[seen] = -1
-        weight[seen] = 0.0
-        head = seen
-        seen += 1
-        while head < seen:
-            i = nodes[order[head]]
-            up = -1 if parent[head] < 0 else nodes[order[parent[head]]]
-            diagonal, right = 0.0, b[i]
-            for e in range(indptr[i], indptr[i + 1]):
-                j, w = indices[e], data[e]
-                if j == i:
-                    diagonal = w
-                elif place[j] < 0:
-                    if len(fixed) > 0:
-                        right -= w * fixed[j]
-                elif j != up and w != 0.0:
-                    child = place[j]
-                    if turn[child] >= 0:
-                        return x, i, j
-                    turn[child] = seen
-                    order[seen] = child
-                    parent[seen] = head
-                    weight[seen] = w
-                    seen += 1
-            d[head] = diagonal
-            c[head] = right
-            head += 1
-    for t in range(k - 1, -1, -1):
-        if not d[t] > 0.0:
-            return x, nodes[order[t]], -1
-        p = parent[t]
-        if p >= 0:
-            share = weight[t] / d[t]
-            d[p] -= share * weight[t]
-            c[p] -= share * c[t]
+def _solve(indptr: Any, indices: Any, data: Any, bits: Any, nodes: Any, b: Any, fixed: Any) -> tuple[Any, int, int]:
+    """Return the solution, and a node with what is wrong there (0: nothing; 1: a pivot; 2: not symmetric; 3: a cycle).
+
+    Leaves are peeled without a list of neighbours: a node keeps the exclusive or of its neighbours' numbers, and of the bits of the
+    weights, and a leaf has but one left. So every row is read once, in order. What belongs to a node lies in one line of memory:
+    diagonal, right-hand side, weight, and its degree above the number. `nodes` is empty where all are meant.
+    """
+    n = len(indptr) - 1
+    whole = len(nodes) == 0
+    k = n if whole else len(nodes)
+    place = np.empty(0 if whole else n, np.int64)
+    if not whole:
+        place[:] = -1
+        for t in range(k):
+            place[nodes[t]] = t
+    at = np.zeros((k, 4))
+    raw = at.view(np.int64)
+    one, low = np.int64(1) << 40, (np.int64(1) << 40) - 1
     for t in range(k):
-        p = parent[t]
-        if p >= 0:
-            c[t] -= weight[t] * c[p]
-        c[t] /= d[t]
-        x[order[t]] = c[t]
-    return x, -1, -1
+        i = t if whole else nodes[t]
+        right, diagonal, number, weight = b[i], 0.0, np.int64(0), np.int64(0)
+        for e in range(indptr[i], indptr[i + 1]):
+            j = indices[e]
+            if j == i:
+                diagonal += data[e]
+                continue
+            u = j if whole else place[j]
+            if u < 0:
+                if len(fixed) > 0:
+                    right -= data[e] * fixed[j]
+            elif data[e] != 0.0:
+                number = (number ^ u) + one
+                weight ^= bits[e]
+        at[t, 0], at[t, 1] = diagonal, right
+        raw[t, 2], raw[t, 3] = weight, number
+    order, count = np.empty(k, np.int32), 0
+    x = np.empty(k)
+    for start in range(k):
+        t = start
+        while t <= start and raw[t, 3] >> 40 == 1:
+            if not at[t, 0] > 0.0:
+                return x, t, 1
+            p = raw[t, 3] & low
+            if p >= k or raw[p, 3] >> 40 < 1:
+                return x, t, 2
+            order[count] = t
+            count += 1
+            share = at[t, 2] / at[t, 0]
+            at[p, 0] -= share * at[t, 2]
+            at[p, 1] -= share * at[t, 1]
+            raw[p, 2] ^= raw[t, 2]
+            raw[p, 3] = (raw[p, 3] ^ t) - one
+            raw[t, 3] = -1 - p
+            t = p
+    for t in range(k):
+        # what was not peeled has no neighbour left: a root
+        if raw[t, 3] >= 0:
+            if raw[t, 3] >> 40 > 0:
+                return x, t, 3
+            if not at[t, 0] > 0.0:
+                return x, t, 1
+            x[t] = at[t, 1] / at[t, 0]
+    for c in range(count - 1, -1, -1):
+        t = order[c]
+        x[t] = (at[t, 1] - at[t, 2] * x[-1 - raw[t, 3]]) / at[t, 0]
+    return x, -1, 0
+
+
+def _closing_edge(indptr: Any, indices: Any, data: Any, inside: Any) -> tuple[int, int]:
+    """Return an edge between nodes inside whose ends are joined without it already."""
+    n = len(indptr) - 1
+    tree = np.arange(n)
+    for i in range(n):
+        for e in range(indptr[i], indptr[i + 1]):
+            j = indices[e]
+            if j <= i or data[e] == 0.0 or not (inside[i] and inside[j]):
+                continue
+            first, second = i, j
+            while tree[first] != first:
+                first = tree[first]
+            while tree[second] != second:
+                second = tree[second]
+            if first == second:
+                return i, j
+            tree[first] = second
+    return -1, -1
 
 
 def _greedy(indptr: Any, indices: Any, order: Any, most: int) -> Any:
