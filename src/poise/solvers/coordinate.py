@@ -222,7 +222,7 @@ class BlockCoordinate:
             return float(scene.charge.distance(state.x, state.gradient).norm())
 
         while True:
-            whole = (scene.turn - first) % checked == 0
+            whole = scene.turn % checked == 0
             if enough is not None:
                 if whole and enough(state.x):
                     break
@@ -239,8 +239,9 @@ class BlockCoordinate:
             self._apply(run, block, d)
             if scene.turn % (REFRESH * every) == 0:
                 self._refresh(run)
-        self._refresh(run)
+        # before sums are computed anew, so that a run that goes on from here is the uninterrupted run to the bit
         self._last = self._snapshot(run)
+        self._refresh(run)
         return self._result(run, residual(), status, first, time.perf_counter() - started, warn=enough is None)
 
     def _apply(self, run: _Run, block: Tensor, d: Tensor) -> None:

@@ -199,7 +199,11 @@ class LinearModel:
 
     @cached_property
     def lipschitz(self) -> Tensor:
-        norms = self.design.squared_norms(self.share)
+        if self.design.sparse or bool((self.share != self.share[0]).any()):
+            norms = self.design.squared_norms(self.share)
+        else:
+            # without a square of the whole matrix
+            norms = self.share[0] * torch.linalg.vector_norm(self.design.matrix, dim=0).square()
         factor = 0.25 if self.softmax else self.datafit.smoothness
         return (factor * norms).repeat(self.outputs or 1)
 

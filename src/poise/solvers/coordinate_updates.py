@@ -227,11 +227,10 @@ def _settle(matrix: Any, l1: Any, lower: Any, upper: Any, y: Any, left: Any) -> 
         return None
     inner = matrix[np.ix_(free, free)]
     right = left[free] + l1[free] * np.sign(y[free])
-    try:
-        factor = np.linalg.cholesky(inner)
-    except np.linalg.LinAlgError:
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(inner))
+    if int(failed):
         return None
-    d = -np.linalg.solve(factor.T, np.linalg.solve(factor, right))
+    d = -torch.cholesky_solve(torch.from_numpy(right)[:, None], factor)[:, 0].numpy()
     moved = y[free] + d
     crossed = (l1[free] > 0) & (np.sign(moved) != np.sign(y[free]))
     if crossed.any() or (moved <= lower[free]).any() or (moved >= upper[free]).any():
