@@ -7,7 +7,8 @@ A module may ask for it by itself, with an attribute
 
     parameter_options = {"decoder": {"unit_rows": True}}
 
-and may have a method `after_step()`, which counts what happens once a step. Every solver that wraps an optimiser of PyTorch sees to
+and may have methods `project_()`, which puts its weights back into their set, and `after_step()`, which counts what happens once a step.
+Every solver that wraps an optimiser of PyTorch sees to
 both; a loop of one's own says `follow_requests(model, optimizer)`.
 """
 
@@ -25,7 +26,47 @@ from torch.utils.hooks import RemovableHandle
 
 from poise.errors import InputError
 
-__all__ = ["ClampWeights", "MaxNorm", "UnitNorm", "follow_requests"]
+__all__ = ["ClampWeights", "MaxNorm", "ProjectModules", "UnitNorm", "follow_requests"]
+
+
+class ProjectModules:
+    """Call `project_()` of every module of a model that has one: the module knows the set, the solver knows when.
+
+    Solvers that wrap an optimiser of PyTorch do it by themselves (`follow_requests`). In a loop of your own, follow the optimiser.
+
+    Args:
+        model: whose modules are looked through; a module whose parent projects it already is left to the parent.
+
+    Example:
+        >>> from poise.parts import ICNN
+        >>> net = ICNN(2, hidden=3)
+        >>> with torch.no_grad():
+        ...     _ = net.positive[0].fill_(-1.0)
+        >>> ProjectModules(net)(); float(net.positive[0].detach().min())
+        0.0
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.modules: list[Any] = []
+        covered: set[nn.Module] = set()
+        for module in () if model is None else model.modules():
+            if module not in covered and callable(getattr(module, "project_", None)):
+                self.modules.append(module)
+                covered.update(module.modules())
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Project now."""
+        for module in self.modules:
+            module.project_()
+
+    def follow(self, optimizer: Optimizer) -> RemovableHandle:
+        """Project after each step of this optimiser; `remove()` on the result stops it."""
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self()
+
+        return optimizer.register_step_post_hook(after)
 
 
 class _Projection:
@@ -182,7 +223,7 @@ class _Both(RemovableHandle):
 
 
 def follow_requests(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
-    """Do at each step of an optimiser what the model's modules ask for: rows of length 1, and a call of `after_step()`.
+    """Do at each step of an optimiser what the model's modules ask for: rows of length 1, `project_()`, and `after_step()`.
 
     Returns: a handle whose `remove()` stops it.
 
@@ -204,6 +245,9 @@ def follow_requests(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             module.after_step()
 
     handles = [UnitNorm.of(rows).follow(optimizer)] if rows else []
+    projected = ProjectModules(model)
+    if projected.modules:
+        handles.append(projected.follow(optimizer))
     if counting:
         handles.append(optimizer.register_step_post_hook(count))
     return _Both(*handles)

@@ -38,9 +38,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
 NAMED = {
+    "compositional": "poise.solvers.compositional:Compositional",
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
     "proximal": "poise.solvers.proximal:ProximalGradient",
+    "sls": "poise.solvers.stochastic_line_search:StochasticLineSearch",
+    "target_surrogate": "poise.solvers.target_surrogate:TargetSurrogate",
 }
 """Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
@@ -48,6 +51,8 @@ Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 class TorchOptimizer:
     """A `torch.optim` optimiser as a solver.
+
+    Modules that say how their weights are projected (`project_()`, as an `ICNN` does) are projected after every step.
 
     Args:
         optimizer: a name ("sgd", "adamw", "lion", ...), a class, or an object that holds its parameters already.

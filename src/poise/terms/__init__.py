@@ -37,6 +37,7 @@ CATALOGUE: dict[str, str] = {
     "dpo": "poise.terms.preference.dpo:DPO",
     "dpop": "poise.terms.preference.dpo:DPOP",
     "early_learning": "poise.terms.early_learning:EarlyLearning",
+    "energy_l2": "poise.terms.unnormalized:EnergyL2",
     "elastic_net": "poise.terms.structured:ElasticNet",
     "error_rate": "poise.terms.supervised:ErrorRate",
     "exo_pair": "poise.terms.preference.margin_losses:EXOPair",
@@ -48,6 +49,7 @@ CATALOGUE: dict[str, str] = {
     "focal": "poise.terms.supervised:Focal",
     "forward_correction": "poise.terms.robust:ForwardCorrection",
     "forward_kl": "poise.terms.divergence:ForwardKL",
+    "function_of_means": "poise.terms.function_of_means:FunctionOfMeans",
     "fused_lasso": "poise.terms.structured:FusedLasso",
     "generalized_cross_entropy": "poise.terms.robust:GeneralizedCrossEntropy",
     "group_lasso": "poise.terms.structured:GroupLasso",
@@ -69,6 +71,7 @@ CATALOGUE: dict[str, str] = {
     "mixup": "poise.terms.supervised:Mixup",
     "mutual_information": "poise.terms.domain:MutualInformation",
     "nca_pair": "poise.terms.preference.margin_losses:NCAPair",
+    "nce": "poise.terms.unnormalized:NCE",
     "norm_matching": "poise.terms.autoencoder:NormMatching",
     "nonnegative": "poise.terms.structured:NonNegative",
     "nuclear_norm": "poise.terms.structured:NuclearNorm",
@@ -78,6 +81,7 @@ CATALOGUE: dict[str, str] = {
     "preference_margin": "poise.terms.preference.margin:PreferenceMargin",
     "progressive_self_distillation": "poise.terms.self_distillation:ProgressiveSelfDistillation",
     "reconstruction": "poise.terms.autoencoder:Reconstruction",
+    "proximal_matching": "poise.terms.proximal_matching:ProximalMatching",
     "reference_kl": "poise.terms.regularised_reward:ReferenceKL",
     "refined_cross_entropy": "poise.terms.early_learning:RefinedCrossEntropy",
     "reinforce": "poise.terms.policy_gradient.reinforce:Reinforce",
@@ -91,6 +95,7 @@ CATALOGUE: dict[str, str] = {
     "score": "poise.terms.policy_gradient.scored:Score",
     "segment_margin": "poise.terms.preference.rrpo:SegmentMargin",
     "sft": "poise.terms.preference.rpo:SFT",
+    "short_run_langevin": "poise.terms.short_run_langevin:ShortRunLangevin",
     "simplex": "poise.terms.structured:SimplexSet",
     "simpo": "poise.terms.preference.simpo:SimPO",
     "slic": "poise.terms.preference.margin_losses:SLiC",
@@ -109,6 +114,7 @@ CATALOGUE: dict[str, str] = {
     "token_trust_region": "poise.terms.trust_region:TokenTrustRegion",
     "total_variation": "poise.terms.divergence:TotalVariation",
     "transport": "poise.terms.transport:TransportLoss",
+    "unnormalized_nll": "poise.terms.unnormalized:UnnormalizedNLL",
 }
 """Formula name -> "module:Class". One line a term; keep it sorted."""
 
