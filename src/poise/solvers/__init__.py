@@ -16,7 +16,7 @@ _HOME: dict[str, str] = {
     "GradientNormalizedNewton": "newton",
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
-    "LinearModel": "coordinate_losses",
+    "LinearModel": "linear_model",
     "Lion": "lion",
     "ProximalGradient": "proximal",
     "QuadraticGraph": "quadratic_graph",
