@@ -13,8 +13,8 @@ from poise.errors import IncompatibleError, InputError, PoiseWarning
 from poise.insight.active_set import active_set_complexity
 from poise.penalties import L1, MCP
 from poise.solvers.coordinate import BlockCoordinate, CoordinateResult
-from poise.solvers.coordinate_losses import LinearModel
 from poise.solvers.coordinate_penalty import BoundedElasticNet
+from poise.solvers.linear_model import LinearModel
 
 
 def problem(seed: int = 0) -> LinearModel:

@@ -21,11 +21,12 @@ from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWar
 from poise.operators import Box, NonNegative
 from poise.penalties import L1, MCP, ElasticNet, GroupLasso, NuclearNorm, Scaled
 from poise.solvers.coordinate import BlockCoordinate, CoordinateResult
-from poise.solvers.coordinate_losses import LinearModel, block_lipschitz
+from poise.solvers.coordinate_losses import block_lipschitz
 from poise.solvers.coordinate_partitions import Partition, part
 from poise.solvers.coordinate_penalty import BoundedElasticNet, charge_of
 from poise.solvers.coordinate_rules import RULES, Scene
 from poise.solvers.coordinate_updates import block_minimum, solve_semidefinite
+from poise.solvers.linear_model import LinearModel
 from poise.solvers.quadratic_graph import QuadraticGraph
 
 

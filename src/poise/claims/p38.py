@@ -26,8 +26,8 @@ from poise.errors import PoiseWarning
 from poise.insight.active_set import active_set_complexity
 from poise.quantities import derive
 from poise.solvers.coordinate import BlockCoordinate, CoordinateResult
-from poise.solvers.coordinate_losses import LinearModel
 from poise.solvers.coordinate_penalty import BoundedElasticNet
+from poise.solvers.linear_model import LinearModel
 from poise.solvers.quadratic_graph import QuadraticGraph
 
 SEEDS = 3

@@ -37,7 +37,7 @@ _HOME: dict[str, str] = {
     "lattice_combs": "message_passing",
     "LBFGS": "torch_optimizers",
     "linear_transport": "transport_baselines",
-    "LinearModel": "coordinate_losses",
+    "LinearModel": "linear_model",
     "Lion": "lion",
     "lion_from_adamw": "lion",
     "lion_grid": "lion",

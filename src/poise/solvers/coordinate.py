@@ -25,15 +25,16 @@ from torch import Tensor
 from poise.composite import Composite, Solution
 from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWarning, StateError, nearest
 from poise.problem import Certificate
-from poise.solvers.coordinate_losses import CoordinateSmooth, LinearModel, State
+from poise.solvers.coordinate_losses import CoordinateSmooth, State
 from poise.solvers.coordinate_partitions import Partition, part
 from poise.solvers.coordinate_penalty import charge_of, group_labels
 from poise.solvers.coordinate_rules import GREEDY, RULES, Scene
 from poise.solvers.coordinate_updates import UPDATES
+from poise.solvers.linear_model import LinearModel
 
 __all__ = ["BlockCoordinate", "CoordinateResult", "Counters"]
 
-CHECK = 10
+CHECK = 5
 """Blocks of a greedy rule after which a certificate is computed."""
 REFRESH = 10
 """Passes over all coordinates after which incremental sums are computed anew."""
@@ -189,14 +190,18 @@ class BlockCoordinate:
             w, b = (w[:, :-1], w[:, -1]) if problem.intercept else (w, w.new_zeros(shape[0]))
             return (w, b) if problem.outputs is not None else (w[0], b[0])
 
-        def settled(x: Tensor) -> tuple[Tensor, Tensor]:
+        def settled(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Return weights, the best intercept beside them, and predictions."""
             w, b = read(x)
-            return w, problem.settle(problem.design.predict(w), b)
+            best = problem.settle(z - b, b)
+            return w, best, z - b + best
 
-        result = self._descend(
-            model, problem.penalty, None, lambda x: problem.residual(*settled(x)) <= problem.tolerance(self.tol)
-        )
-        w, b = (part.clone() for part in settled(result.x))
+        def enough(state: Any) -> bool:
+            return problem.residual(*settled(state.x, state.z)) <= problem.tolerance(self.tol)
+
+        result = self._descend(model, problem.penalty, None, enough)
+        z = model.design.predict(result.x if problem.outputs is None else result.x.view(shape))
+        w, b = (part.clone() for part in settled(result.x, z)[:2])
         certificate = problem.certify(
             w, b, self.tol, result.certificate.iterations, result.history, result.certificate.status
         )
@@ -206,9 +211,9 @@ class BlockCoordinate:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def _descend(
-        self, smooth: CoordinateSmooth, penalty: Any, x0: Tensor | None, enough: Callable[[Tensor], bool] | None = None
+        self, smooth: CoordinateSmooth, penalty: Any, x0: Tensor | None, enough: Callable[[State], bool] | None = None
     ) -> CoordinateResult:
-        """Move blocks until the residual is met, or `enough(x)` says yes; after every pass where a check costs more than a block."""
+        """Move blocks until the residual is met, or `enough(state)` says yes; after every pass where a check costs more than a block."""
         started = time.perf_counter()
         run = self._start(smooth, penalty, x0)
         scene, state = run.scene, run.state
@@ -224,7 +229,7 @@ class BlockCoordinate:
         while True:
             whole = scene.turn % checked == 0
             if enough is not None:
-                if whole and enough(state.x):
+                if whole and enough(state):
                     break
             elif (greedy or whole) and residual() <= self.tol:
                 break

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -51,6 +51,7 @@ class Scene:
         generator: of random rules.
         turn: blocks chosen so far.
         estimates: the Lipschitz constants that backtracking has found, of blocks or coordinates.
+        inverses: the blocks that gsq looks at, filled up with -1, and the inverse of H_b of each.
     """
 
     smooth: CoordinateSmooth
@@ -65,7 +66,7 @@ class Scene:
     forest_size: int | None = None
     solves: int = 0
     evaluations: int = 0
-    _inverse: dict[int, Tensor] = field(default_factory=dict)
+    inverses: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -212,13 +213,11 @@ def gs_q_block(scene: Scene, state: State) -> Tensor:
 
 def gsq_block(scene: Scene, state: State) -> Tensor:
     _refuse_penalty(scene, "gsq")
-    if 0 not in scene._inverse:
+    if scene.inverses is None:
         blocks = _candidates(scene)
-        scene._inverse = {
-            0: blocks,
-            1: torch.stack([_pseudo_inverse(scene.smooth, b[b >= 0], blocks.shape[1]) for b in blocks]),
-        }
-    blocks, inverse = scene._inverse[0], scene._inverse[1]
+        width = blocks.shape[1]
+        scene.inverses = blocks, torch.stack([_pseudo_inverse(scene.smooth, b[b >= 0], width) for b in blocks])
+    blocks, inverse = scene.inverses
     g = torch.where(blocks >= 0, state.gradient[blocks.clamp_min(0)], 0.0)
     scores = torch.einsum("bi,bij,bj->b", g, inverse, g)
     best = blocks[int(scores.argmax())]
