@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from poise.readouts.activations import ActivationStream, activations_of
+from poise.readouts.autoencoder import Autoencoding
+from poise.readouts.denoising import Denoising
 from poise.readouts.domain_features import DomainFeatures
 from poise.readouts.language import AdapterOff, Language, reference_for
 from poise.readouts.on_policy import Choices, OnPolicy, SampleTokens, collect, pairs_from_rewards
@@ -11,9 +14,12 @@ from poise.readouts.token_rewards import contrastive_token_rewards, implied_toke
 from poise.readouts.unnormalized import Unnormalized
 
 __all__ = [
+    "ActivationStream",
     "AdapterOff",
+    "Autoencoding",
     "Choices",
     "Classification",
+    "Denoising",
     "DomainFeatures",
     "Language",
     "OnPolicy",
@@ -21,6 +27,7 @@ __all__ = [
     "Regression",
     "SampleTokens",
     "Unnormalized",
+    "activations_of",
     "batch_quantities",
     "collect",
     "contrastive_token_rewards",
