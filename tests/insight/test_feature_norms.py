@@ -217,7 +217,7 @@ def test_the_recovered_loss_is_1_for_a_perfect_autoencoder_and_0_for_zeros() -> 
     perfect, nothing = (spliced_loss(model, "0", Fixed(c), loss, batches) for c in (1.0, 0.0))
     assert perfect.recovered == 1
     assert nothing.recovered == 0
-    assert perfect.whole == pytest.approx(float(torch.stack([loss(model, b) for b in batches]).mean()))
+    assert perfect.whole == pytest.approx(float(torch.stack([loss(model, b) for b in batches]).mean().detach()))
     half = spliced_loss(model, "0", SparseAutoencoder(4, 12, "top_k(k=2)"), loss, batches)
     assert math.isfinite(half.recovered)
     with pytest.raises(InputError, match="no batch"):

@@ -25,7 +25,7 @@ from poise.solvers import (
     lasso_gap,
     recover,
 )
-from poise.solvers.linear_maps import largest_eigenvalue
+from poise.solvers.signal_operators import largest_eigenvalue
 
 WEIGHT = 0.05
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from poise.errors import InputError, PoiseWarning
 from poise.penalties import L0
 from poise.problem import Certificate
-from poise.solvers.linear_maps import LinearMap, as_linear_map
+from poise.solvers.signal_operators import SignalOperator, as_signal_operator
 from poise.solvers.unfolded import Unfolded
 from poise.solvers.unfolded_layers import TopK
 from poise.solvers.unfolded_pass import rows_of
@@ -90,7 +90,7 @@ def recover(
     """Minimise by proximal gradient steps: ISTA, IHT, FISTA, or the steps that an unfolded solver learned.
 
     Args:
-        operator: A: `[m, n]`, `[batch, m, n]` or a `LinearMap`.
+        operator: A: `[m, n]`, `[batch, m, n]` or a `SignalOperator`.
         y: `[batch, m]` or `[m]`.
         penalty: h; the l1 norm by default.
         weight: of h.
@@ -108,7 +108,7 @@ def recover(
     >>> recover(torch.eye(2), torch.tensor([2.0, 0.1]), weight=0.5).x
     tensor([1.5000, 0.0000])
     """
-    A = as_linear_map(operator)
+    A = as_signal_operator(operator)
     # the plain model checks arguments, and knows objective and proximal map
     model = plain_model(penalty, weight)
     rows, start = rows_of(A, y, x0)
@@ -129,7 +129,7 @@ def recover(
 
 
 def _iterate(
-    model: Unfolded, A: LinearMap, y: Tensor, x: Tensor, steps: list[Tensor] | None, most: int, momentum: bool, tolerance: float,
+    model: Unfolded, A: SignalOperator, y: Tensor, x: Tensor, steps: list[Tensor] | None, most: int, momentum: bool, tolerance: float,
     trace: bool,
 ) -> tuple[Tensor, int, list[float], list[Tensor]]:  # fmt: skip
     history: list[float] = []
@@ -159,7 +159,7 @@ def _iterate(
 
 
 def _backtrack(
-    model: Unfolded, A: LinearMap, y: Tensor, x: Tensor, slope: Tensor, alpha: Tensor
+    model: Unfolded, A: SignalOperator, y: Tensor, x: Tensor, slope: Tensor, alpha: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Halve a signal's step until `f(z) <= f(x) + <f'(x), z - x> + ||z - x||^2 / (2 alpha)`; 1/L always does."""
     before = A.residual(x, y).abs().square().sum(-1) / 2
@@ -178,13 +178,13 @@ def _backtrack(
         alpha = torch.where(fails[:, None], (alpha / 2).maximum(least), alpha)
 
 
-def _residual(model: Unfolded, A: LinearMap, y: Tensor, x: Tensor) -> Tensor:
+def _residual(model: Unfolded, A: SignalOperator, y: Tensor, x: Tensor) -> Tensor:
     bound = A.lipschitz.to(y.real.dtype)
     moved = x - model.prox(x + A.adjoint(A.residual(x, y)) / bound, 1.0 / bound)
     return bound.reshape(-1) * moved.abs().amax(-1)
 
 
-def _steps(step: Any, A: LinearMap, iterations: int | None) -> tuple[list[Tensor] | None, int]:
+def _steps(step: Any, A: SignalOperator, iterations: int | None) -> tuple[list[Tensor] | None, int]:
     bound = A.lipschitz
     if step == "backtracking":
         return None, iterations or 1000
@@ -240,7 +240,7 @@ def lasso_gap(operator: Any, y: Tensor, x: Tensor, weight: float) -> Tensor:
     >>> lasso_gap(torch.eye(2), torch.tensor([[2.0, 0.25]]), torch.tensor([[1.5, 0.0]]), 0.5)
     tensor([0.])
     """
-    A = as_linear_map(operator)
+    A = as_signal_operator(operator)
     r = A.residual(x, y)
     steepest = A.adjoint(r).abs().amax(-1)
     share = (weight / torch.where(steepest > 0, steepest, 1.0)).clamp_max(1.0)

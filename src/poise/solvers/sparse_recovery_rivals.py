@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError
-from poise.solvers.linear_maps import as_linear_map
+from poise.solvers.signal_operators import as_signal_operator
 from poise.solvers.sparse_recovery import Recovery, lasso_gap, status_of, warn_of
 from poise.solvers.unfolded_layers import shrink
 from poise.solvers.unfolded_pass import rows_of
@@ -88,7 +88,7 @@ def approximate_message_passing(
 
     Source: Donoho, Maleki and Montanari, PNAS 2009.
     """
-    A = as_linear_map(operator)
+    A = as_signal_operator(operator)
     if A.matrix is None or A.matrix.ndim != 2:
         raise InputError("approximate_message_passing: the operator is one matrix [m, n].")
     if not kappa > 0:
@@ -140,7 +140,7 @@ def coordinate_lasso(
     """
     from sklearn.linear_model import Lasso
 
-    A = as_linear_map(operator)
+    A = as_signal_operator(operator)
     if A.matrix is None or A.matrix.ndim != 2 or A.matrix.is_complex():
         raise InputError("coordinate_lasso: the operator is one real matrix [m, n].")
     if not weight > 0:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from poise.errors import InputError, PoiseWarning, nearest
 from poise.penalties import L0, L1
-from poise.solvers.linear_maps import LinearMap, as_linear_map, largest_eigenvalue
+from poise.solvers.signal_operators import SignalOperator, as_signal_operator, largest_eigenvalue
 from poise.solvers.unfolded_layers import TopK, charge_by_row, prox_by_row, require_gradient
 from poise.solvers.unfolded_pass import Pass, rows_of
 from poise.solvers.unfolded_training import Incremental, UnfoldedTraining, train_unfolded
@@ -136,7 +136,7 @@ class Unfolded(nn.Module):
 
     def alpha(self, operator: Any) -> Tensor:
         """Return the steps on this operator, `a_t / L`: `[layers]`, or `[batch, layers]` for a batch of operators."""
-        bound = self.bound(as_linear_map(operator))
+        bound = self.bound(as_signal_operator(operator))
         return self.steps / bound
 
     def export(self, operator: Any) -> list[float]:
@@ -167,7 +167,7 @@ class Unfolded(nn.Module):
             return 0
         return layer % self.layers if self.beyond == "cycle" else min(layer, self.layers - 1)
 
-    def bound(self, operator: LinearMap) -> Tensor:
+    def bound(self, operator: SignalOperator) -> Tensor:
         """Return what learned numbers are divided by."""
         if self.adjoint is not None:
             return self.step.new_ones(())
@@ -197,7 +197,7 @@ class Unfolded(nn.Module):
         """Run the layers.
 
         Args:
-            operator: A: `[m, n]`, `[batch, m, n]`, or a `LinearMap`.
+            operator: A: `[m, n]`, `[batch, m, n]`, or a `SignalOperator`.
             y: measurements, `[batch, m]` or `[m]`.
             x0: where to start, `[batch, n]` or `[n]`; 0 by default.
             layers: how many; fewer or more than T. More warns where a step that is used again is beyond 2 / L.
@@ -208,7 +208,7 @@ class Unfolded(nn.Module):
         Raises:
             InputError: shapes that do not fit, or NaN in the measurements.
         """
-        A = as_linear_map(operator)
+        A = as_signal_operator(operator)
         depth = self.layers if layers is None else layers
         rows, start = rows_of(A, y, x0)
         self._warn_beyond(depth)
@@ -251,7 +251,7 @@ class Unfolded(nn.Module):
 
     def objective(self, operator: Any, y: Tensor, x: Tensor) -> Tensor:
         """Return `1/2 ||y - A x||^2 + weight h(x)` of every signal, `[batch]`; of a trace `[layers, batch, n]`, `[layers, batch]`."""
-        A = as_linear_map(operator)
+        A = as_signal_operator(operator)
         if x.ndim == 3:
             return torch.stack([self.objective(A, y, each) for each in x])
         residual = A.residual(x, y)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError
-from poise.solvers.linear_maps import LinearMap
+from poise.solvers.signal_operators import SignalOperator
 
 if TYPE_CHECKING:
     from poise.solvers.unfolded import Unfolded
@@ -19,7 +19,7 @@ __all__ = ["Pass", "rows_of"]
 class Pass:
     """One pass over the layers: what they share is looked up once."""
 
-    def __init__(self, model: Unfolded, A: LinearMap, y: Tensor) -> None:
+    def __init__(self, model: Unfolded, A: SignalOperator, y: Tensor) -> None:
         self.model, self.A, self.y = model, A, y
         self.bound = model.bound(A).to(y.real.dtype)
         self.factors = model.predict(y) if model.predict is not None else None
@@ -81,7 +81,7 @@ class Pass:
         return self.unit * model.weight * self.threshold[model.at(t)]
 
 
-def rows_of(A: LinearMap, y: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def rows_of(A: SignalOperator, y: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return measurements and start as rows, checked."""
     m, n = A.shape
     batch = A.matrix.shape[0] if A.matrix is not None and A.matrix.ndim == 3 else None

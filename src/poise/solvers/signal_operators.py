@@ -9,6 +9,7 @@ Signals are rows: `x` is `[batch, n]`, `y` is `[batch, m]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from poise.errors import InputError
+from poise.linear_maps import LinearMap
 
-__all__ = ["LinearMap", "as_linear_map", "largest_eigenvalue"]
+__all__ = ["SignalOperator", "as_signal_operator", "largest_eigenvalue"]
 
 DENSE = 1024
 """Up to this many rows or columns the largest eigenvalue comes from singular values, above it from power iteration."""
@@ -26,7 +28,7 @@ DENSE = 1024
 _known: Any = WeakTensorKeyDictionary()
 
 
-class LinearMap:
+class SignalOperator:
     """A linear map that is never stored as a matrix.
 
     Args:
@@ -36,7 +38,7 @@ class LinearMap:
         lipschitz: the largest eigenvalue of `A'A`; by power iteration where it is not given.
         dtype, device: of the signals; what power iteration starts from.
 
-    >>> half = LinearMap(lambda x: x[:, :2], lambda r: torch.nn.functional.pad(r, (0, 2)), (2, 4))
+    >>> half = SignalOperator(lambda x: x[:, :2], lambda r: torch.nn.functional.pad(r, (0, 2)), (2, 4))
     >>> half.apply(torch.tensor([[1.0, 2.0, 3.0, 4.0]])), round(float(half.lipschitz), 4)
     (tensor([[1., 2.]]), 1.0)
     """
@@ -57,7 +59,7 @@ class LinearMap:
         self._lipschitz = None if lipschitz is None else torch.as_tensor(lipschitz)
         if self._lipschitz is not None and not bool((self._lipschitz > 0).all()):
             raise InputError(
-                f"LinearMap: lipschitz is the largest eigenvalue of A'A, so above 0, and it is {lipschitz}."
+                f"SignalOperator: lipschitz is the largest eigenvalue of A'A, so above 0, and it is {lipschitz}."
             )
 
     @property
@@ -84,7 +86,7 @@ class LinearMap:
         return None
 
 
-class _Dense(LinearMap):
+class _Dense(SignalOperator):
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.shape = matrix, (matrix.shape[0], matrix.shape[1])
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -112,7 +114,7 @@ class _Dense(LinearMap):
         return found
 
 
-class _Batch(LinearMap):
+class _Batch(SignalOperator):
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.shape = matrix, (matrix.shape[1], matrix.shape[2])
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -132,19 +134,38 @@ class _Batch(LinearMap):
         return (self.matrix.mH @ r[..., None])[..., 0]
 
 
-def as_linear_map(operator: Any) -> LinearMap:
-    """Return what can be done with `operator`: a matrix `[m, n]`, a batch of matrices `[batch, m, n]`, or a `LinearMap`.
+class _Rows(SignalOperator):
+    """A map of images or other tensors, on signals that are their entries in a row."""
+
+    def __init__(self, inner: LinearMap) -> None:
+        self.inner = inner
+        self.shape = math.prod(inner.measured), math.prod(inner.shape)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self._lipschitz = torch.as_tensor(inner.norm_squared)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(-1, *self.inner.shape)).flatten(1)
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        return self.inner.adjoint(r.reshape(-1, *self.inner.measured)).flatten(1)
+
+
+def as_signal_operator(operator: Any) -> SignalOperator:
+    """Return what can be done with `operator`: a matrix `[m, n]`, a batch of matrices `[batch, m, n]`, a `SignalOperator`, or a map of
+    `poise.linear_maps`.
 
     Raises:
         InputError: it is none of them, or a matrix with NaN or infinite entries.
     """
-    if isinstance(operator, LinearMap):
+    if isinstance(operator, SignalOperator):
         return operator
+    if isinstance(operator, LinearMap):
+        return _Rows(operator)
     if not isinstance(operator, Tensor) or operator.ndim not in (2, 3) or operator.layout != torch.strided:
         what = f"a tensor {list(operator.shape)}" if isinstance(operator, Tensor) else f"{type(operator).__name__}"
         raise InputError(
-            f"An operator is a dense matrix [m, n], a batch of matrices [batch, m, n] or a LinearMap(apply, adjoint, shape), and it is "
-            f"{what}. Sparse matrices and functions go through LinearMap."
+            f"An operator is a dense matrix [m, n], a batch of matrices [batch, m, n] or a SignalOperator(apply, adjoint, shape), and it "
+            f"is {what}. Sparse matrices and functions go through SignalOperator."
         )
     if not (operator.is_floating_point() or operator.is_complex()):
         raise InputError(
@@ -184,7 +205,7 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
         return _power_iteration(_Dense(matrix))
 
 
-def _power_iteration(operator: LinearMap, iterations: int = 500, tolerance: float = 1e-6) -> Tensor:
+def _power_iteration(operator: SignalOperator, iterations: int = 500, tolerance: float = 1e-6) -> Tensor:
     """Return the largest eigenvalue of `A'A` from below, raised by the last change so that a step of 1/L stays safe."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1, operator.shape[1], generator=generator, dtype=torch.float64)
