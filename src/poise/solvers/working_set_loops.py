@@ -150,82 +150,86 @@ def curvatures(
 # ---- one coordinate --------------------------------------------------------------------------------------------------
 
 
-def _step(kind: int, v: float, step: float, l1: float, l2: float, low: float, high: float, shape: float) -> float:
+def _step(
+    kind: int, v: float, step: float, l1: float, l2: float, low: float, high: float, knee: float, a: float
+) -> float:
     """Return the minimiser of `(x - v)^2 / (2 step) + penalty(x)`."""
+    shrink = 1.0 / (1.0 + step * l2)
+    v, t = v * shrink, step * shrink * l1
     s = abs(v)
-    if kind == SEPARABLE:
-        x = max(s - step * l1, 0.0) / (1.0 + step * l2)
-        x = x if v > 0 else -x
-        return min(max(x, low), high)
     sign = 1.0 if v > 0 else -1.0
+    if kind == SEPARABLE:
+        return min(max(sign * max(s - t, 0.0), low), high)
     if kind == MCP:
-        if shape > step:
-            if s <= step * l1:
-                return 0.0
-            return sign * (s - step * l1) / (1.0 - step / shape) if s <= shape * l1 else v
-        return v if s > l1 * math.sqrt(shape * step) else 0.0
-    if step < shape - 1.0:
-        if s <= l1 * (1.0 + step):
-            return sign * max(s - step * l1, 0.0)
-        return sign * ((shape - 1.0) * s - step * shape * l1) / (shape - 1.0 - step) if s <= shape * l1 else v
-    near = min(max(s - step * l1, 0.0), l1)
-    far = max(s, shape * l1)
-    at_near = (near - s) ** 2 / (2.0 * step) + l1 * near
-    at_far = (far - s) ** 2 / (2.0 * step) + l1 * l1 * (shape + 1.0) / 2.0
+        bend = 1.0 - t / knee
+        if bend <= 0.0:
+            return v if s * s > t * knee else 0.0
+        if s <= t:
+            return 0.0
+        return sign * (s - t) / bend if s <= knee else v
+    bend = 1.0 - t / ((a - 1.0) * knee)
+    if bend > 0.0:
+        if s <= knee + t:
+            return sign * max(s - t, 0.0)
+        return sign * (s - t * a / (a - 1.0)) / bend if s <= a * knee else v
+    near = min(max(s - t, 0.0), knee)
+    far = max(s, a * knee)
+    at_near = 0.5 * (near - s) ** 2 + t * near
+    at_far = 0.5 * (far - s) ** 2 + t * knee * (a + 1.0) / 2.0
     return sign * (near if at_near <= at_far else far)
 
 
-def _value(kind: int, x: float, l1: float, l2: float, low: float, high: float, shape: float) -> float:
+def _value(kind: int, x: float, l1: float, l2: float, low: float, high: float, knee: float, a: float) -> float:
     s = abs(x)
+    value = 0.5 * l2 * x * x
     if kind == SEPARABLE:
-        return l1 * s + 0.5 * l2 * x * x if low <= x <= high else math.inf
+        return value + l1 * s if low <= x <= high else math.inf
     if kind == MCP:
-        return l1 * s - 0.5 * s * s / shape if s <= shape * l1 else 0.5 * shape * l1 * l1
-    if s <= l1:
-        return l1 * s
-    if s <= shape * l1:
-        return (2.0 * shape * l1 * s - s * s - l1 * l1) / (2.0 * (shape - 1.0))
-    return 0.5 * l1 * l1 * (shape + 1.0)
+        s = min(s, knee)
+        return value + l1 * (s - 0.5 * s * s / knee)
+    if s <= knee:
+        return value + l1 * s
+    if s <= a * knee:
+        return value + l1 * (2.0 * a * knee * s - s * s - knee * knee) / (2.0 * (a - 1.0) * knee)
+    return value + 0.5 * l1 * knee * (a + 1.0)
 
 
-def _room(kind: int, x: float, v: float, l1: float, l2: float, low: float, high: float, shape: float) -> float:
+def _room(
+    kind: int, x: float, v: float, l1: float, l2: float, low: float, high: float, knee: float, a: float
+) -> float:
     """Return how far v is from leaving the subdifferential at a corner x; minus the distance where it is outside.
 
     A coordinate that is at no corner and meets its condition returns 0.
     """
-    if kind == SEPARABLE:
-        if low == high:
-            return math.inf
-        v -= l2 * x
-        most = l1 if x >= 0.0 else -l1
-        least = l1 if x > 0.0 else -l1
-        if x <= low:
-            least = -math.inf
-        if x >= high:
-            most = math.inf
-        return min(most - v, v - least)
+    if low == high:
+        return math.inf
+    v -= l2 * x
     s = abs(x)
-    if s == 0.0:
-        return l1 - abs(v)
-    slope = 0.0
+    slope = l1
     if kind == MCP:
-        slope = max(l1 - s / shape, 0.0)
-    else:
-        slope = l1 if s <= l1 else max(shape * l1 - s, 0.0) / (shape - 1.0)
-    return -abs(v - (slope if x > 0 else -slope))
+        slope = l1 * max(1.0 - s / knee, 0.0)
+    elif kind == SCAD:
+        slope = l1 * min(max((a - s / knee) / (a - 1.0), 0.0), 1.0)
+    most = slope if x >= 0.0 else -slope
+    least = slope if x > 0.0 else -slope
+    if x <= low:
+        least = -math.inf
+    if x >= high:
+        most = math.inf
+    return min(most - v, v - least)
 
 
-def rooms(kind: int, w: Any, v: Any, l1: Any, l2: Any, low: Any, high: Any, shape: float, out: Any) -> None:
+def rooms(kind: int, w: Any, v: Any, l1: Any, l2: Any, low: Any, high: Any, knee: float, a: float, out: Any) -> None:
     """out[j] = `_room` of every coordinate."""
     for j in range(len(w)):
-        out[j] = _room(kind, w[j], v[j], l1[j], l2[j], low[j], high[j], shape)
+        out[j] = _room(kind, w[j], v[j], l1[j], l2[j], low[j], high[j], knee, a)
 
 
-def penalty_value(kind: int, w: Any, l1: Any, l2: Any, low: Any, high: Any, shape: float) -> float:
+def penalty_value(kind: int, w: Any, l1: Any, l2: Any, low: Any, high: Any, knee: float, a: float) -> float:
     """Return the sum over coordinates."""
     total = 0.0
     for j in range(len(w)):
-        total += _value(kind, w[j], l1[j], l2[j], low[j], high[j], shape)
+        total += _value(kind, w[j], l1[j], l2[j], low[j], high[j], knee, a)
     return total
 
 
@@ -359,7 +363,7 @@ def _model(u: Any, h: Any, shift: Any) -> float:
 
 def scalar_epochs(
     sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, w: Any, u: Any, h: Any, same: bool, L: Any, hs: Any,
-    inv: float, shift: Any, kind: int, l1: Any, l2: Any, low: Any, high: Any, shape: float, slots: int, epochs: int, tolerance: float,
+    inv: float, shift: Any, kind: int, l1: Any, l2: Any, low: Any, high: Any, knee: float, a: float, slots: int, epochs: int, tolerance: float,
 ) -> tuple[int, float]:  # fmt: skip
     """Run epochs over single coordinates until no step is above `tolerance` in units of the gradient; return how many, and the largest."""
     m, n = len(cols), len(u)
@@ -374,7 +378,7 @@ def scalar_epochs(
             j = cols[k]
             old = w[k]
             g = _dot(sparse, X, data, indices, indptr, j, u) - shift[0] * hs[k]
-            new = _step(kind, old + g / L[k], 1.0 / L[k], l1[k], l2[k], low[k], high[k], shape)
+            new = _step(kind, old + g / L[k], 1.0 / L[k], l1[k], l2[k], low[k], high[k], knee, a)
             d = new - old
             if d != 0.0:
                 w[k] = new
@@ -390,8 +394,8 @@ def scalar_epochs(
             filled = 0
             if _coefficients(W, c):
                 _combine(W, U, B, c, w_new, u_new, b_new)
-                before = _model(u, h, shift) + penalty_value(kind, w, l1, l2, low, high, shape)
-                if _model(u_new, h, b_new) + penalty_value(kind, w_new, l1, l2, low, high, shape) < before:
+                before = _model(u, h, shift) + penalty_value(kind, w, l1, l2, low, high, knee, a)
+                if _model(u_new, h, b_new) + penalty_value(kind, w_new, l1, l2, low, high, knee, a) < before:
                     w[:], u[:], shift[:] = w_new, u_new, b_new
             W[0], U[0], B[0] = w, u, shift
             filled = 1
@@ -399,9 +403,9 @@ def scalar_epochs(
 
 
 def group_grams(
-    sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, ptr: Any, h: Any, hs: Any, inv: float, where: Any, G: Any, L: Any
+    sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, ptr: Any, h: Any, hs: Any, inv: float, ridge: float, where: Any, G: Any, L: Any
 ) -> None:  # fmt: skip
-    """G at where[g] = X_g' diag(h) X_g less the intercept's part, flat; L[g] bounds its largest eigenvalue."""
+    """G at where[g] = X_g' diag(h) X_g + ridge I less the intercept's part, flat; L[g] bounds its largest eigenvalue."""
     work = np.zeros(len(h))
     for g in range(len(ptr) - 1):
         size = ptr[g + 1] - ptr[g]
@@ -424,6 +428,7 @@ def group_grams(
         # The largest row sum of a symmetric matrix is no less than its largest eigenvalue.
         L[g] = 0.0
         for a in range(size):
+            G[where[g] + a * size + a] += ridge
             row = 0.0
             for b in range(size):
                 row += abs(G[where[g] + a * size + b])
@@ -501,7 +506,7 @@ def _group_step(G: Any, size: int, v: Any, w: Any, lam: float, L: float, x: Any,
 
 def group_epochs(
     sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, ptr: Any, w: Any, u: Any, h: Any, same: bool, where: Any,
-    G: Any, L: Any, hs: Any, inv: float, shift: Any, lam: Any, slots: int, epochs: int, tolerance: float,
+    G: Any, L: Any, hs: Any, inv: float, shift: Any, lam: Any, ridge: float, slots: int, epochs: int, tolerance: float,
 ) -> tuple[int, float]:  # fmt: skip
     """Run epochs over groups of coordinates under `lam_g |w_g|`; see `scalar_epochs`."""
     m, n, groups = len(cols), len(u), len(ptr) - 1
@@ -524,6 +529,7 @@ def group_epochs(
             for a in range(size):
                 v[a] = _dot(sparse, X, data, indices, indptr, cols[first + a], u) - shift[0] * hs[first + a]
                 old[a] = w[first + a]
+                v[a] -= ridge * old[a]
                 norm += v[a] * v[a]
                 zero = zero and old[a] == 0.0
             if zero and math.sqrt(norm) <= lam[g]:
@@ -546,8 +552,8 @@ def group_epochs(
             filled = 0
             if _coefficients(W, c):
                 _combine(W, U, B, c, w_new, u_new, b_new)
-                before = _model(u, h, shift) + group_value(w, ptr, lam)
-                if _model(u_new, h, b_new) + group_value(w_new, ptr, lam) < before:
+                before = _model(u, h, shift) + group_value(w, ptr, lam, ridge)
+                if _model(u_new, h, b_new) + group_value(w_new, ptr, lam, ridge) < before:
                     w[:], u[:], shift[:] = w_new, u_new, b_new
             W[0], U[0], B[0] = w, u, shift
             filled = 1
@@ -563,14 +569,14 @@ def group_norms(v: Any, ptr: Any, out: Any) -> None:
         out[g] = math.sqrt(total)
 
 
-def group_value(w: Any, ptr: Any, lam: Any) -> float:
-    """Return the sum of lam_g |w_g|."""
+def group_value(w: Any, ptr: Any, lam: Any, ridge: float) -> float:
+    """Return the sum of lam_g |w_g| + ridge |w_g|^2 / 2."""
     value = 0.0
     for g in range(len(ptr) - 1):
         total = 0.0
         for k in range(ptr[g], ptr[g + 1]):
             total += w[k] * w[k]
-        value += lam[g] * math.sqrt(total)
+        value += lam[g] * math.sqrt(total) + 0.5 * ridge * total
     return value
 
 
@@ -592,7 +598,7 @@ def _dots(sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, j: int, r:
 
 def row_epochs(
     sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, w: Any, u: Any, h: Any, L: Any, hs: Any, inv: float,
-    shift: Any, lam: Any, together: bool, slots: int, epochs: int, tolerance: float,
+    shift: Any, lam: Any, ridge: float, together: bool, slots: int, epochs: int, tolerance: float,
 ) -> tuple[int, float]:  # fmt: skip
     """Run epochs over rows of coefficients [len(cols), outputs], one feature with all its outputs.
 
@@ -613,12 +619,13 @@ def row_epochs(
             _dots(sparse, X, data, indices, indptr, j, u, outputs, d)
             norm = 0.0
             for q in range(outputs):
-                d[q] = w[at + q] + (d[q] - shift[q] * hs[k]) / L[k]
+                d[q] += w[at + q] * L[k] - shift[q] * hs[k]
                 norm += d[q] * d[q]
-            shrink = max(1.0 - lam[k] / (L[k] * math.sqrt(norm)), 0.0) if norm > 0.0 else 0.0
+            bend = L[k] + ridge
+            shrink = max(1.0 - lam[k] / math.sqrt(norm), 0.0) / bend if norm > 0.0 else 0.0
             moved = 0.0
             for q in range(outputs):
-                x = d[q] * shrink if together else max(abs(d[q]) - lam[k] / L[k], 0.0) * (1.0 if d[q] > 0 else -1.0)
+                x = d[q] * shrink if together else max(abs(d[q]) - lam[k], 0.0) / (bend if d[q] > 0 else -bend)
                 old = w[at + q]
                 w[at + q] = x
                 d[q] = w[at + q] - old
@@ -647,23 +654,25 @@ def row_epochs(
             filled = 0
             if _coefficients(W, c):
                 _combine(W, U, B, c, w_new, u_new, b_new)
-                before = _model(u, h, shift) + row_value(w, lam, outputs, together)
-                if _model(u_new, h, b_new) + row_value(w_new, lam, outputs, together) < before:
+                before = _model(u, h, shift) + row_value(w, lam, ridge, outputs, together)
+                if _model(u_new, h, b_new) + row_value(w_new, lam, ridge, outputs, together) < before:
                     w[:], u[:], shift[:] = w_new, u_new, b_new
             W[0], U[0], B[0] = w, u, shift
             filled = 1
     return epochs, largest
 
 
-def row_value(w: Any, lam: Any, outputs: int, together: bool) -> float:
-    """Return the sum over rows of lam_k |w_k|, or of lam_k |w_k|_1."""
+def row_value(w: Any, lam: Any, ridge: float, outputs: int, together: bool) -> float:
+    """Return the sum over rows of lam_k |w_k|, or of lam_k |w_k|_1, and of ridge |w_k|^2 / 2."""
     value = 0.0
     for k in range(len(lam)):
-        total = 0.0
+        squares = 0.0
+        sizes = 0.0
         for q in range(outputs):
             x = w[k * outputs + q]
-            total += x * x if together else abs(x)
-        value += lam[k] * (math.sqrt(total) if together else total)
+            squares += x * x
+            sizes += abs(x)
+        value += lam[k] * (math.sqrt(squares) if together else sizes) + 0.5 * ridge * squares
     return value
 
 

@@ -101,6 +101,10 @@ class Loss(Protocol):
         """Return the negative gradient u [n * outputs] and curvatures h [n] that bound the Hessian of an example."""
         ...
 
+    def intercept_curvature(self, z: Array, h: Array) -> Array:
+        """Return the Hessian by the intercepts, [outputs, outputs], or its diagonal where it is one number for all."""
+        ...
+
     def dual(self, c: float, u: Array) -> float:
         """Return minus the conjugate's sum at `-c u`: the loss' part of the dual objective."""
         ...
@@ -126,6 +130,9 @@ class SquaredLoss:
     def pieces(self, z: Array) -> tuple[Array, Array]:
         return self._wide * (self.y - z), self.s
 
+    def intercept_curvature(self, z: Array, h: Array) -> Array:
+        return h.sum()
+
     def dual(self, c: float, u: Array) -> float:
         used = self._wide > 0
         return float(c * (u @ self.y) - 0.5 * c * c * np.sum(u[used] ** 2 / self._wide[used]))
@@ -150,6 +157,9 @@ class LogisticLoss:
         # The probability of the other label; small where the margin is large, without cancellation.
         wrong = np.where(self.y * z > 0, small, 1.0 - small)
         return self.s * self.y * wrong, self.s * np.maximum(small * (1.0 - small), 1e-10)
+
+    def intercept_curvature(self, z: Array, h: Array) -> Array:
+        return h.sum()
 
     def dual(self, c: float, u: Array) -> float:
         from scipy.special import xlogy
@@ -179,6 +189,9 @@ class HuberLoss:
         # Halfway between the true curvature, which is 0 beyond delta, and the weight that bounds the loss from above.
         bound = self.delta / np.maximum(np.abs(r), self.delta)
         return self.s * u, self.s * np.where(np.abs(r) <= self.delta, 1.0, 0.5 * bound)
+
+    def intercept_curvature(self, z: Array, h: Array) -> Array:
+        return h.sum()
 
     def dual(self, c: float, u: Array) -> float:
         used = self.s > 0
@@ -211,6 +224,11 @@ class MultinomialLoss:
         u[np.arange(len(self.y)), self.y] += 1.0
         return (self.s[:, None] * u).ravel(), h
 
+    def intercept_curvature(self, z: Array, h: Array) -> Array:
+        p = np.exp(self._log_probabilities(z))
+        q = self.s[:, None] * p
+        return np.diag(q.sum(axis=0)) - q.T @ p
+
     def dual(self, c: float, u: Array) -> float:
         from scipy.special import xlogy
 
@@ -236,10 +254,6 @@ class Structure(Protocol):
     blocks: int
     gap: bool
     limit: Array
-
-    def times(self, strength: float) -> Structure:
-        """Return the penalty multiplied by a number."""
-        ...
 
     def value(self, w: Array) -> float: ...
     def reach(self, v: Array) -> Array:
@@ -294,7 +308,7 @@ class Separable:
     Args:
         l1, l2, low, high: f64 [p].
         kind: SEPARABLE, MCP or SCAD.
-        shape: where a concave penalty becomes flat, in multiples of l1.
+        knee, a: where a concave penalty bends; see `poise.penalties.MCP` and `SCAD`.
     """
 
     l1: Array
@@ -302,7 +316,8 @@ class Separable:
     low: Array
     high: Array
     kind: int = SEPARABLE
-    shape: float = 0.0
+    knee: float = 1.0
+    a: float = 3.7
 
     @property
     def blocks(self) -> int:
@@ -319,22 +334,19 @@ class Separable:
     def limit(self) -> Array:
         return np.where((self.low <= 0) & (self.high >= 0), self.l1, -1.0)
 
-    def times(self, strength: float) -> Separable:
-        return replace(self, l1=self.l1 * strength, l2=self.l2 * strength)
-
     @property
     def _numbers(self) -> tuple[Array, Array, Array, Array]:
         return self.l1, self.l2, self.low, self.high
 
     def value(self, w: Array) -> float:
-        return float(loops().penalty_value(self.kind, w, *self._numbers, self.shape))
+        return float(loops().penalty_value(self.kind, w, *self._numbers, self.knee, self.a))
 
     def reach(self, v: Array) -> Array:
         return np.abs(v)
 
     def rooms(self, w: Array, v: Array) -> Array:
         out = np.empty(len(w))
-        loops().rooms(self.kind, w, v, *self._numbers, self.shape, out)
+        loops().rooms(self.kind, w, v, *self._numbers, self.knee, self.a, out)
         return out
 
     def active(self, w: Array) -> Array:
@@ -356,7 +368,7 @@ class Separable:
         return flags
 
     def local(self, blocks: Array) -> tuple[Separable, Array]:
-        some = Separable(*(a[blocks] for a in self._numbers), self.kind, self.shape)
+        some = Separable(*(a[blocks] for a in self._numbers), self.kind, self.knee, self.a)
         return some, blocks
 
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
@@ -369,7 +381,7 @@ class Separable:
             for k in np.flatnonzero(L <= 0):
                 w[k] = min(max(0.0, self.low[k]), self.high[k])
             return loops().scalar_epochs(
-                *columns.pack, cols, w, u, h, same, L, hs, inv, shift, self.kind, *self._numbers, self.shape,
+                *columns.pack, cols, w, u, h, same, L, hs, inv, shift, self.kind, *self._numbers, self.knee, self.a,
                 SLOTS, epochs, tolerance,
             )  # fmt: skip
 
@@ -378,17 +390,19 @@ class Separable:
 
 @dataclass
 class Grouped:
-    """`sum_g lam_g |w_g|` over disjoint groups of coordinates.
+    """`sum_g lam_g |w_g| + ridge |w|^2 / 2` over disjoint groups of coordinates.
 
     Args:
         order: int64 [p], the coordinates, group after group.
         ptr: int64 [groups + 1], where each group begins in `order`.
         lam: f64 [groups].
+        ridge: of the squared norm.
     """
 
     order: Array
     ptr: Array
     lam: Array
+    ridge: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -396,14 +410,11 @@ class Grouped:
 
     @cached_property
     def gap(self) -> bool:
-        return bool(np.all(self.lam > 0))
+        return self.ridge > 0 or bool(np.all(self.lam > 0))
 
     @property
     def limit(self) -> Array:
         return self.lam
-
-    def times(self, strength: float) -> Grouped:
-        return replace(self, lam=self.lam * strength)
 
     def _norms(self, v: Array) -> Array:
         out = np.empty(self.blocks)
@@ -411,12 +422,13 @@ class Grouped:
         return out
 
     def value(self, w: Array) -> float:
-        return float(self.lam @ self._norms(w))
+        return float(self.lam @ self._norms(w)) + 0.5 * self.ridge * float(w @ w)
 
     def reach(self, v: Array) -> Array:
         return self._norms(v)
 
     def rooms(self, w: Array, v: Array) -> Array:
+        v = v - self.ridge * w
         norms, reach = self._norms(w), self._norms(v)
         used = norms > 0
         ratio = np.where(used, self.lam / np.where(used, norms, 1.0), 0.0)
@@ -431,12 +443,16 @@ class Grouped:
         return self.order[_ranges(self.ptr, blocks)]
 
     def scale(self, v: Array) -> float:
-        reach = self._norms(v)
+        if self.ridge > 0:
+            return 1.0
+        reach = self.reach(v)
         over = reach > self.lam
         return float((self.lam[over] / reach[over]).min(initial=1.0))
 
     def conjugate(self, c: float, v: Array) -> float:
-        return 0.0
+        if self.ridge == 0:
+            return 0.0
+        return float(np.sum(np.maximum(c * self.reach(v) - self.lam, 0.0) ** 2)) / (2 * self.ridge)
 
     def bounds(self, norms: Array) -> Array:
         return self._norms(norms)
@@ -449,14 +465,14 @@ class Grouped:
     def local(self, blocks: Array) -> tuple[Grouped, Array]:
         sizes = np.diff(self.ptr)[blocks]
         ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return Grouped(np.arange(ptr[-1]), ptr, self.lam[blocks]), self.columns_of(blocks)
+        return Grouped(np.arange(ptr[-1]), ptr, self.lam[blocks], self.ridge), self.columns_of(blocks)
 
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
         _, hs = _curvatures(columns, cols, h, inv)
         squares = np.diff(self.ptr) ** 2
         where = np.concatenate([[0], np.cumsum(squares)]).astype(np.int64)
         G, L = np.empty(where[-1]), np.empty(self.blocks)
-        loops().group_grams(*columns.pack, cols, self.ptr, h, hs, inv, where, G, L)
+        loops().group_grams(*columns.pack, cols, self.ptr, h, hs, inv, self.ridge, where, G, L)
         same = bool(np.all(h == h[0]))
         h = h.astype(columns.dtype, copy=False)
 
@@ -464,7 +480,7 @@ class Grouped:
             for g in np.flatnonzero(L <= 0):
                 w[self.ptr[g] : self.ptr[g + 1]] = 0.0
             return loops().group_epochs(
-                *columns.pack, cols, self.ptr, w, u, h, same, where, G, L, hs, inv, shift, self.lam, SLOTS, epochs, tolerance
+                *columns.pack, cols, self.ptr, w, u, h, same, where, G, L, hs, inv, shift, self.lam, self.ridge, SLOTS, epochs, tolerance
             )  # fmt: skip
 
         return run
@@ -472,17 +488,19 @@ class Grouped:
 
 @dataclass
 class Rows:
-    """`sum_j lam_j |w_j|` over features with all their outputs, or `sum_j lam_j |w_j|_1`.
+    """`sum_j lam_j |w_j| + ridge |w_j|^2 / 2` over features with all their outputs, or with `|w_j|_1`.
 
     Args:
         lam: f64 [p].
         outputs: of one feature.
         together: whether the outputs of a feature are a group.
+        ridge: of the squared norm.
     """
 
     lam: Array
     outputs: int
     together: bool = True
+    ridge: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -490,23 +508,21 @@ class Rows:
 
     @cached_property
     def gap(self) -> bool:
-        return bool(np.all(self.lam > 0))
+        return self.ridge > 0 or bool(np.all(self.lam > 0))
 
     @property
     def limit(self) -> Array:
         return self.lam
 
-    def times(self, strength: float) -> Rows:
-        return replace(self, lam=self.lam * strength)
-
     def value(self, w: Array) -> float:
-        return float(loops().row_value(w, self.lam, self.outputs, self.together))
+        return float(loops().row_value(w, self.lam, self.ridge, self.outputs, self.together))
 
     def reach(self, v: Array) -> Array:
         rows = v.reshape(-1, self.outputs)
         return np.sqrt((rows * rows).sum(axis=1)) if self.together else np.abs(rows).max(axis=1)
 
     def rooms(self, w: Array, v: Array) -> Array:
+        v = v - self.ridge * w
         rows, u = w.reshape(-1, self.outputs), v.reshape(-1, self.outputs)
         if not self.together:
             lam = self.lam[:, None]
@@ -523,12 +539,18 @@ class Rows:
         return blocks
 
     def scale(self, v: Array) -> float:
+        if self.ridge > 0:
+            return 1.0
         reach = self.reach(v)
         over = reach > self.lam
         return float((self.lam[over] / reach[over]).min(initial=1.0))
 
     def conjugate(self, c: float, v: Array) -> float:
-        return 0.0
+        if self.ridge == 0:
+            return 0.0
+        sizes = self.reach(v) if self.together else np.abs(v)
+        lam = self.lam if self.together else np.repeat(self.lam, self.outputs)
+        return float(np.sum(np.maximum(c * sizes - lam, 0.0) ** 2)) / (2 * self.ridge)
 
     def bounds(self, norms: Array) -> Array:
         return norms
@@ -547,7 +569,7 @@ class Rows:
         def run(w: Array, u: Array, shift: Array, epochs: int, tolerance: float) -> tuple[int, float]:
             w.reshape(-1, self.outputs)[L <= 0] = 0.0
             return loops().row_epochs(
-                *columns.pack, cols, w, u, h, L, hs, inv, shift, self.lam, self.together, SLOTS, epochs, tolerance
+                *columns.pack, cols, w, u, h, L, hs, inv, shift, self.lam, self.ridge, self.together, SLOTS, epochs, tolerance
             )  # fmt: skip
 
         return run

@@ -55,7 +55,7 @@ class Search:
 
     Args:
         columns, loss: the problem.
-        structure: the penalty at strength 1; its blocks and limits are what counts here.
+        structure: the first penalty; all have the same blocks.
         intercept: whether there is one; it is never penalised.
         tol: residual asked for, as a part of the objective at 0 (gap) or of the largest correlation there (subdifferential).
         working_sets, epochs: at most, for one penalty.
@@ -90,22 +90,36 @@ class Search:
         """Take predictions afresh from the coefficients, set the intercept to its minimiser, and take the residual."""
         self.z = self.columns.predictions(self.w, self.loss.outputs)
         if self.intercept:
+            self.z = (self.z.reshape(-1, self.loss.outputs) + self.b).ravel()
             self._settle()
         self.u, self.h = self.loss.pieces(self.z)
         self.inverse = 1.0 / float(self.h.sum()) if self.intercept else 0.0
 
     def _settle(self) -> None:
-        outputs = self.loss.outputs
-        z = self.z.reshape(-1, outputs)
-        z += self.b
+        """Set the intercept to its minimiser by damped Newton steps; exact at once where the loss is quadratic."""
+        outputs, value = self.loss.outputs, None
         for _ in range(50):
             u, h = self.loss.pieces(self.z)
             total = u.reshape(-1, outputs).sum(axis=0)
             if np.abs(total).max() <= 1e-14 * np.abs(u).sum():
                 break
-            move = np.clip(total / h.sum(), -4.0, 4.0)
+            curvature = self.loss.intercept_curvature(self.z, h)
+            # Softmax does not change with a number added to all intercepts: the least move is taken.
+            move = total / curvature if np.ndim(curvature) == 0 else np.linalg.lstsq(curvature, total, rcond=1e-12)[0]
+            if not self.loss.quadratic:
+                value = self.loss.value(self.z) if value is None else value
+                move, value = self._damped(move, value)
             self.b = self.b + move
-            z += move
+            self.z = (self.z.reshape(-1, outputs) + move).ravel()
+
+    def _damped(self, move: Array, value: float) -> tuple[Array, float]:
+        move = move * min(1.0, 8.0 / max(float(np.abs(move).max()), 1e-300))
+        for _ in range(30):
+            new = self.loss.value((self.z.reshape(-1, self.loss.outputs) + move).ravel())
+            if new <= value + 1e-15 * abs(value):
+                return move, new
+            move = move / 2
+        return np.zeros_like(move), value
 
     def _take_all(self) -> Array:
         v = np.empty_like(self._seen_v)
@@ -132,7 +146,10 @@ class Search:
     def _residual(self, structure: Structure, w: Array, u: Array, v: Array, value: float) -> float:
         """Return the duality gap, or where there is none the largest distance from a subdifferential."""
         if not structure.gap:
-            return float(-structure.rooms(w, v).min(initial=0.0))
+            away = float(-structure.rooms(w, v).min(initial=0.0))
+            if self.intercept:
+                away = max(away, float(np.abs(u.reshape(-1, self.loss.outputs).sum(axis=0)).max()))
+            return away
         c = structure.scale(v)
         return value - (self.loss.dual(c, u) - structure.conjugate(c, v))
 
@@ -297,11 +314,9 @@ class Search:
     # ---- a path ------------------------------------------------------------------------------------------------------
 
     def follow(self, structure: Structure, strength: float) -> Found:
-        """Minimise under the next penalty of a path: from where the last two solutions point."""
-        guess = None
-        if self._last is not None:
-            guess = self._point_on(structure.times(strength), strength)
-        found = self.solve(structure.times(strength), guess)
+        """Minimise under the next penalty of a path, whose strength is this: from where the last two solutions point."""
+        guess = self._point_on(structure, strength) if self._last is not None else None
+        found = self.solve(structure, guess)
         self._before, self._last = self._last, (strength, found.w, found.b, self.v)
         return found
 
