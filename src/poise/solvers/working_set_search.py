@@ -305,7 +305,10 @@ class Search:
             new = self.loss.value(z) + local.value(at)
             if new <= value + 1e-4 * t * min(slope, 0.0) + noise:
                 self.z, self.b = z, self.b + t * shift
-                self.u, self.h = self.loss.pieces(z)
+                if self.intercept:  # a dual point needs residuals that add up to 0
+                    self._settle()
+                    new = min(new, self.loss.value(self.z) + local.value(at))
+                self.u, self.h = self.loss.pieces(self.z)
                 self.inverse = 1.0 / float(self.h.sum()) if self.intercept else 0.0
                 return at, new
             t /= 2
