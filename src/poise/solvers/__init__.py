@@ -10,6 +10,7 @@ from poise.parameter_groups import parameter_groups
 _HOME: dict[str, str] = {
     "Adam": "torch_optimizers",
     "AdamW": "torch_optimizers",
+    "CoordinateDescent": "working_sets",
     "GradientNormalizedNewton": "newton",
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",

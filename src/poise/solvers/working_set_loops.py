@@ -67,7 +67,9 @@ def _dot(sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, j: int, r: 
     return total
 
 
-def _subtract(sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, j: int, d: float, h: Any, same: bool, r: Any) -> None:
+def _subtract(
+    sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, j: int, d: float, h: Any, same: bool, r: Any
+) -> None:
     """r -= d * h * column j; `same` where all of h is h[0]."""
     if same:
         d = d * h[0]
@@ -194,9 +196,7 @@ def _value(kind: int, x: float, l1: float, l2: float, low: float, high: float, k
     return value + 0.5 * l1 * knee * (a + 1.0)
 
 
-def _room(
-    kind: int, x: float, v: float, l1: float, l2: float, low: float, high: float, knee: float, a: float
-) -> float:
+def _room(kind: int, x: float, v: float, l1: float, l2: float, low: float, high: float, knee: float, a: float) -> float:
     """Return how far v is from leaving the subdifferential at a corner x; minus the distance where it is outside.
 
     A coordinate that is at no corner and meets its condition returns 0.
@@ -326,17 +326,40 @@ def _solve(A: Any, b: Any, k: int) -> bool:
 
 def _combine(W: Any, U: Any, B: Any, c: Any, w: Any, u: Any, b: Any) -> None:
     """Put the combination of the iterates after the first into w, u, b."""
-    w[:] = 0.0
-    u[:] = 0.0
-    b[:] = 0.0
-    for a in range(len(c)):
-        weight = c[a]
-        for k in range(len(w)):
-            w[k] += weight * W[a + 1, k]
-        for i in range(len(u)):
-            u[i] += weight * U[a + 1, i]
-        for q in range(len(b)):
-            b[q] += weight * B[a + 1, q]
+    for k in range(len(w)):
+        total = 0.0
+        for a in range(len(c)):
+            total += c[a] * W[a + 1, k]
+        w[k] = total
+    for i in range(len(u)):
+        total = 0.0
+        for a in range(len(c)):
+            total += c[a] * U[a + 1, i]
+        u[i] = total
+    for q in range(len(b)):
+        total = 0.0
+        for a in range(len(c)):
+            total += c[a] * B[a + 1, q]
+        b[q] = total
+
+
+def _keep(w: Any, u: Any, b: Any, W: Any, U: Any, B: Any, slot: int) -> None:
+    # Loops, because the general assignment of slices takes seconds to compile.
+    for k in range(len(w)):
+        W[slot, k] = w[k]
+    for i in range(len(u)):
+        U[slot, i] = u[i]
+    for q in range(len(b)):
+        B[slot, q] = b[q]
+
+
+def _take(w_new: Any, u_new: Any, b_new: Any, w: Any, u: Any, b: Any) -> None:
+    for k in range(len(w)):
+        w[k] = w_new[k]
+    for i in range(len(u)):
+        u[i] = u_new[i]
+    for q in range(len(b)):
+        b[q] = b_new[q]
 
 
 def _model(u: Any, h: Any, shift: Any) -> float:
@@ -388,16 +411,16 @@ def scalar_epochs(
                 largest = max(largest, abs(d) * L[k])
         if largest <= tolerance:
             return epoch + 1, largest
-        W[filled], U[filled], B[filled] = w, u, shift
+        _keep(w, u, shift, W, U, B, filled)
         filled += 1
         if filled == slots:
-            filled = 0
+            filled = 0  # as a variable below too: a literal would be compiled apart
             if _coefficients(W, c):
                 _combine(W, U, B, c, w_new, u_new, b_new)
                 before = _model(u, h, shift) + penalty_value(kind, w, l1, l2, low, high, knee, a)
                 if _model(u_new, h, b_new) + penalty_value(kind, w_new, l1, l2, low, high, knee, a) < before:
-                    w[:], u[:], shift[:] = w_new, u_new, b_new
-            W[0], U[0], B[0] = w, u, shift
+                    _take(w_new, u_new, b_new, w, u, shift)
+            _keep(w, u, shift, W, U, B, filled)
             filled = 1
     return epochs, largest
 
@@ -546,7 +569,7 @@ def group_epochs(
             largest = max(largest, math.sqrt(moved) * L[g])
         if largest <= tolerance:
             return epoch + 1, largest
-        W[filled], U[filled], B[filled] = w, u, shift
+        _keep(w, u, shift, W, U, B, filled)
         filled += 1
         if filled == slots:
             filled = 0
@@ -554,8 +577,8 @@ def group_epochs(
                 _combine(W, U, B, c, w_new, u_new, b_new)
                 before = _model(u, h, shift) + group_value(w, ptr, lam, ridge)
                 if _model(u_new, h, b_new) + group_value(w_new, ptr, lam, ridge) < before:
-                    w[:], u[:], shift[:] = w_new, u_new, b_new
-            W[0], U[0], B[0] = w, u, shift
+                    _take(w_new, u_new, b_new, w, u, shift)
+            _keep(w, u, shift, W, U, B, filled)
             filled = 1
     return epochs, largest
 
@@ -648,7 +671,7 @@ def row_epochs(
             largest = max(largest, math.sqrt(moved) * L[k])
         if largest <= tolerance:
             return epoch + 1, largest
-        W[filled], U[filled], B[filled] = w, u, shift
+        _keep(w, u, shift, W, U, B, filled)
         filled += 1
         if filled == slots:
             filled = 0
@@ -656,8 +679,8 @@ def row_epochs(
                 _combine(W, U, B, c, w_new, u_new, b_new)
                 before = _model(u, h, shift) + row_value(w, lam, ridge, outputs, together)
                 if _model(u_new, h, b_new) + row_value(w_new, lam, ridge, outputs, together) < before:
-                    w[:], u[:], shift[:] = w_new, u_new, b_new
-            W[0], U[0], B[0] = w, u, shift
+                    _take(w_new, u_new, b_new, w, u, shift)
+            _keep(w, u, shift, W, U, B, filled)
             filled = 1
     return epochs, largest
 
@@ -678,6 +701,6 @@ def row_value(w: Any, lam: Any, ridge: float, outputs: int, together: bool) -> f
 
 _COMPILED = (
     "_dot", "_subtract", "_dots", "products", "all_products", "add_columns", "curvatures", "_step", "_value", "_room", "rooms",
-    "penalty_value", "largest_scale", "conjugate_sum", "_solve", "_coefficients", "_combine", "_model", "scalar_epochs",
+    "penalty_value", "largest_scale", "conjugate_sum", "_solve", "_coefficients", "_combine", "_keep", "_take", "_model", "scalar_epochs",
     "group_grams", "_group_step", "group_norms", "group_value", "group_epochs", "row_value", "row_epochs",
 )  # fmt: skip

@@ -19,7 +19,18 @@ import numpy as np
 
 from poise.solvers.working_set_loops import MCP, SCAD, SEPARABLE, loops
 
-__all__ = ["Columns", "Grouped", "HuberLoss", "LogisticLoss", "Loss", "MultinomialLoss", "Rows", "Separable", "SquaredLoss", "Structure"]
+__all__ = [
+    "Columns",
+    "Grouped",
+    "HuberLoss",
+    "LogisticLoss",
+    "Loss",
+    "MultinomialLoss",
+    "Rows",
+    "Separable",
+    "SquaredLoss",
+    "Structure",
+]
 
 Array = Any
 
@@ -48,7 +59,8 @@ class Columns:
                 csc.sum_duplicates()
             # Unsigned indices spare the loops a test for negative ones.
             indices = np.ascontiguousarray(csc.indices, dtype=np.int32).view(np.uint32)
-            dense = np.zeros((0, 0), csc.data.dtype, order="F")
+            # Of two rows and columns, so that it has the type of a dense matrix in Fortran order and nothing is compiled twice.
+            dense = np.zeros((2, 2), csc.data.dtype, order="F")
             return cls(*X.shape, (True, dense, csc.data, indices, csc.indptr.astype(np.int64)))
         empty = np.zeros(0, X.dtype)
         return cls(

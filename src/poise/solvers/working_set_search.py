@@ -19,8 +19,8 @@ from poise.solvers.working_set_parts import Columns, Loss, Structure
 __all__ = ["Found", "Search"]
 
 Array = Any
-EPOCHS = 11
-"""Epochs between two looks at the working set: two extrapolations of six iterates, the second of which has just been made."""
+EPOCHS = 12
+"""Epochs between two looks at the working set: two extrapolations of six iterates, and one epoch that sets to 0 what they nearly did."""
 FIRST = 100
 """Blocks of a working set that begins with nothing."""
 

@@ -109,17 +109,25 @@ class CoordinateDescent:
         box = isinstance(inner, Indicator) and isinstance(inner.region, Box)
         if not (inner is None or box or isinstance(inner, PENALTIES)):
             known = ", ".join(k.__name__ for k in PENALTIES)
-            return (
-                f"coordinate needs a penalty by single coordinates or groups ({known}, Box), and {kind} is none of them. {instead}"
+            return f"coordinate needs a penalty by single coordinates or groups ({known}, Box), and {kind} is none of them. {instead}"
+        if isinstance(inner, L1) and inner.scales is not None and inner.scales.numel() not in (1, problem.inputs):
+            raise InputError(
+                f"coordinate: l1 has scales for {inner.scales.numel()} inputs, and the examples have {problem.inputs}."
             )
         if self.positive and not (inner is None or isinstance(inner, L1 | ElasticNet | SquaredL2)):
-            return f"coordinate: positive=True goes with L1, ElasticNet or SquaredL2, and the penalty is {kind}. {instead}"
+            return (
+                f"coordinate: positive=True goes with L1, ElasticNet or SquaredL2, and the penalty is {kind}. {instead}"
+            )
         if problem.outputs is None:
             return None
         if isinstance(fit, Huber):
             return f"coordinate reads Huber with one output, and there are {problem.outputs}. {instead}"
         rows = isinstance(inner, GroupLasso) and inner.labels(problem.inputs).unique().numel() == problem.inputs
-        plain = inner is None or isinstance(inner, ElasticNet | SquaredL2) or (isinstance(inner, L1) and inner.scales is None)
+        plain = (
+            inner is None
+            or isinstance(inner, ElasticNet | SquaredL2)
+            or (isinstance(inner, L1) and inner.scales is None)
+        )
         if self.positive or not (rows or plain):
             return (
                 f"coordinate takes several outputs with L1 without scales, ElasticNet or GroupLasso(1), and here are {problem.outputs} "
@@ -172,14 +180,18 @@ class CoordinateDescent:
             IncompatibleError: see `minimize`; or the penalty is a set, which no weight changes.
             InputError: factors are negative, not finite, or none.
         """
-        if isinstance(problem.penalty.penalty, Indicator) or (problem.penalty.penalty is None and problem.penalty.ridge == 0):
+        if isinstance(problem.penalty.penalty, Indicator) or (
+            problem.penalty.penalty is None and problem.penalty.ridge == 0
+        ):
             raise IncompatibleError("coordinate: there is no penalty whose weight could vary along a path.")
         structure, search = self._begin(problem)
         if isinstance(factors, int):
             factors = _grid(search, structure, factors, smallest)
         values = [float(f) for f in factors]
         if not values or not all(math.isfinite(f) and f >= 0 for f in values):
-            raise InputError(f"coordinate: the factors of a path are finite and not negative, and they are {values[:5]}.")
+            raise InputError(
+                f"coordinate: the factors of a path are finite and not negative, and they are {values[:5]}."
+            )
         solutions = []
         for factor in values:
             began = time.perf_counter()
@@ -245,7 +257,8 @@ class CoordinateDescent:
 
 def _flat(t: Tensor) -> Any:
     """Return weights [outputs, inputs] or [inputs] as the loops have them: a feature with its outputs, one after another."""
-    return t.detach().cpu().double().T.contiguous().numpy().ravel()
+    t = t.detach().cpu().double()
+    return (t.T.contiguous() if t.ndim > 1 else t).numpy().ravel()
 
 
 def _with(problem: Composite, penalty: Scaled) -> Composite:
