@@ -369,7 +369,7 @@ def test_what_does_not_go_together_is_refused_by_name():
         outputs = LeastSquares.outputs
 
     assert CoordinateDescent().refuses(Composite(X, SIGNAL, Poisson(), L1())) is None
-    with pytest.raises(IncompatibleError, match="reads the fits .* and not Other"):
+    with pytest.raises(IncompatibleError, match=r"reads the fits .* and not Other"):
         CoordinateDescent().minimize(Composite(X, SIGNAL, Other(), L1()))
 
 
@@ -395,7 +395,7 @@ def test_numbers_that_are_not_finite_and_shapes_that_do_not_match_are_refused():
     bad.data[3] = np.nan
     with pytest.raises(InputError, match="not finite"):
         CoordinateDescent().minimize(Composite(bad, SIGNAL, LeastSquares(), L1()))
-    with pytest.raises(InputError, match="examples and .* targets"):
+    with pytest.raises(InputError, match=r"examples and .* targets"):
         CoordinateDescent().minimize(Composite(SPARSE, SIGNAL[:-1], LeastSquares(), L1()))
     with pytest.raises(InputError, match="classes are 0 and 1"):
         CoordinateDescent().minimize(Composite(SPARSE, SIGNAL.sign(), Logistic(), L1()))

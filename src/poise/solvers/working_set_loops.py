@@ -386,7 +386,8 @@ def _model(u: Any, h: Any, shift: Any) -> float:
 
 def scalar_epochs(
     sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, w: Any, u: Any, h: Any, same: bool, L: Any, hs: Any,
-    inv: float, shift: Any, kind: int, l1: Any, l2: Any, low: Any, high: Any, knee: float, a: float, slots: int, epochs: int, tolerance: float,
+    inv: float, shift: Any, kind: int, l1: Any, l2: Any, low: Any, high: Any, knee: float, a: float,
+    slots: int, epochs: int, tolerance: float,
 ) -> tuple[int, float]:  # fmt: skip
     """Run epochs over single coordinates until no step is above `tolerance` in units of the gradient; return how many, and the largest."""
     m, n = len(cols), len(u)
@@ -426,7 +427,8 @@ def scalar_epochs(
 
 
 def group_grams(
-    sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, ptr: Any, h: Any, hs: Any, inv: float, ridge: float, where: Any, G: Any, L: Any
+    sparse: bool, X: Any, data: Any, indices: Any, indptr: Any, cols: Any, ptr: Any, h: Any, hs: Any, inv: float,
+    ridge: float, where: Any, G: Any, L: Any,
 ) -> None:  # fmt: skip
     """G at where[g] = X_g' diag(h) X_g + ridge I less the intercept's part, flat; L[g] bounds its largest eigenvalue."""
     work = np.zeros(len(h))

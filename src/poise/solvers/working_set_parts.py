@@ -9,7 +9,6 @@ finite, and which compiled loop runs over it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from poise.solvers.working_set_loops import MCP, SCAD, SEPARABLE, loops
+from poise.solvers.working_set_loops import SEPARABLE, loops
 
 __all__ = [
     "Columns",
@@ -61,10 +60,10 @@ class Columns:
             indices = np.ascontiguousarray(csc.indices, dtype=np.int32).view(np.uint32)
             # Of two rows and columns, so that it has the type of a dense matrix in Fortran order and nothing is compiled twice.
             dense = np.zeros((2, 2), csc.data.dtype, order="F")
-            return cls(*X.shape, (True, dense, csc.data, indices, csc.indptr.astype(np.int64)))
+            return cls(X.shape[0], X.shape[1], (True, dense, csc.data, indices, csc.indptr.astype(np.int64)))
         empty = np.zeros(0, X.dtype)
         return cls(
-            *X.shape, (False, np.asfortranarray(X), empty, np.zeros(0, np.uint32), np.zeros(0, np.int64))
+            X.shape[0], X.shape[1], (False, np.asfortranarray(X), empty, np.zeros(0, np.uint32), np.zeros(0, np.int64))
         )  # fmt: skip
 
     @property
@@ -98,12 +97,12 @@ class Loss(Protocol):
     Attributes:
         outputs: predictions of one example.
         quadratic: whether one quadratic model is exact.
-        s: f64 [n].
     """
 
-    outputs: int
-    quadratic: bool
-    s: Array
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def quadratic(self) -> bool: ...
 
     def value(self, z: Array) -> float:
         """Return the loss."""
@@ -263,9 +262,12 @@ class Structure(Protocol):
         limit: f64 [blocks]; a block of zeros whose `reach` is below it meets its condition and adds nothing to the dual objective.
     """
 
-    blocks: int
-    gap: bool
-    limit: Array
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def gap(self) -> bool: ...
+    @property
+    def limit(self) -> Array: ...
 
     def value(self, w: Array) -> float: ...
     def reach(self, v: Array) -> Array:
@@ -380,7 +382,8 @@ class Separable:
         return flags
 
     def local(self, blocks: Array) -> tuple[Separable, Array]:
-        some = Separable(*(a[blocks] for a in self._numbers), self.kind, self.knee, self.a)
+        l1, l2, low, high = (a[blocks] for a in self._numbers)
+        some = Separable(l1, l2, low, high, self.kind, self.knee, self.a)
         return some, blocks
 
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
@@ -392,10 +395,11 @@ class Separable:
             # A column without curvature leaves its coefficient to the penalty alone.
             for k in np.flatnonzero(L <= 0):
                 w[k] = min(max(0.0, self.low[k]), self.high[k])
-            return loops().scalar_epochs(
+            made: tuple[int, float] = loops().scalar_epochs(
                 *columns.pack, cols, w, u, h, same, L, hs, inv, shift, self.kind, *self._numbers, self.knee, self.a,
                 SLOTS, epochs, tolerance,
             )  # fmt: skip
+            return made
 
         return run
 
@@ -491,9 +495,10 @@ class Grouped:
         def run(w: Array, u: Array, shift: Array, epochs: int, tolerance: float) -> tuple[int, float]:
             for g in np.flatnonzero(L <= 0):
                 w[self.ptr[g] : self.ptr[g + 1]] = 0.0
-            return loops().group_epochs(
+            made: tuple[int, float] = loops().group_epochs(
                 *columns.pack, cols, self.ptr, w, u, h, same, where, G, L, hs, inv, shift, self.lam, self.ridge, SLOTS, epochs, tolerance
             )  # fmt: skip
+            return made
 
         return run
 
@@ -580,9 +585,10 @@ class Rows:
 
         def run(w: Array, u: Array, shift: Array, epochs: int, tolerance: float) -> tuple[int, float]:
             w.reshape(-1, self.outputs)[L <= 0] = 0.0
-            return loops().row_epochs(
+            made: tuple[int, float] = loops().row_epochs(
                 *columns.pack, cols, w, u, h, L, hs, inv, shift, self.lam, self.ridge, self.together, SLOTS, epochs, tolerance
             )  # fmt: skip
+            return made
 
         return run
 

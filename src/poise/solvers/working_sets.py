@@ -122,7 +122,7 @@ class CoordinateDescent:
             return None
         if isinstance(fit, Huber):
             return f"coordinate reads Huber with one output, and there are {problem.outputs}. {instead}"
-        rows = isinstance(inner, GroupLasso) and inner.labels(problem.inputs).unique().numel() == problem.inputs
+        rows = isinstance(inner, GroupLasso) and int(inner.labels(problem.inputs).max()) + 1 == problem.inputs
         plain = (
             inner is None
             or isinstance(inner, ElasticNet | SquaredL2)
