@@ -29,7 +29,7 @@ from poise.composite import Composite, Solution
 from poise.datafits import Huber, LeastSquares, Logistic, Multinomial
 from poise.errors import IncompatibleError, InputError, PoiseWarning
 from poise.operators import Box
-from poise.penalties import L1, MCP, SCAD, ElasticNet, GroupLasso, Indicator, Scaled, SquaredL2
+from poise.penalties import L1, MCP, SCAD, ElasticNet, GroupLasso, Indicator, SquaredL2
 from poise.problem import Certificate
 from poise.solvers import working_set_loops as kinds
 from poise.solvers.working_set_parts import (
@@ -70,6 +70,7 @@ class CoordinateDescent:
 
     >>> from poise.composite import Composite
     >>> from poise.datafits import LeastSquares
+    >>> from poise.penalties import L1, Scaled
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     >>> problem = Composite(x, torch.tensor([1.0, 0.1]), LeastSquares(), Scaled(L1(), 0.1))
     >>> CoordinateDescent().minimize(problem).coef
@@ -196,7 +197,7 @@ class CoordinateDescent:
         for factor in values:
             began = time.perf_counter()
             inner = problem.penalty
-            here = _with(problem, replace(inner, weight=inner.weight * factor, ridge=inner.ridge * factor))
+            here = problem.at(replace(inner, weight=inner.weight * factor, ridge=inner.ridge * factor))
             structure = _structure(here, self.positive)
             solutions.append(self._solution(here, structure, search.follow(structure, factor), began))
             if each is not None:
@@ -259,15 +260,6 @@ def _flat(t: Tensor) -> Any:
     """Return weights [outputs, inputs] or [inputs] as the loops have them: a feature with its outputs, one after another."""
     t = t.detach().cpu().double()
     return (t.T.contiguous() if t.ndim > 1 else t).numpy().ravel()
-
-
-def _with(problem: Composite, penalty: Scaled) -> Composite:
-    import copy
-
-    other = copy.copy(problem)
-    other.penalty = penalty
-    other.__dict__.pop("certifies_gap", None)
-    return other
 
 
 def _columns(problem: Composite) -> Columns:
