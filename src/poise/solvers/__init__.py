@@ -19,6 +19,7 @@ _HOME: dict[str, str] = {
     "RMSprop": "torch_optimizers",
     "Rival": "newton_rivals",
     "SGD": "torch_optimizers",
+    "SparseTransport": "transport_estimator",
     "TorchOptimizer": "torch_optimizers",
     "SelfDistillationKRR": "kernel_distillation",
     "Spectrum": "kernel_distillation",
