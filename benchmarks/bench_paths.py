@@ -83,11 +83,9 @@ def run(quick: bool) -> list[Ratio]:
         for density in (0.02,) if quick else (0.002, 0.02):
             x, signal = _sparse(n, p, density)
             found.append(_lasso(Path(x, signal, False, points, 0.05), density))
-            logistic = Path(x, np.sign(signal), True, points, 0.1)
-            found.append(_logistic(logistic, density))
+            found.append(_logistic(Path(x, np.sign(signal), True, points, 0.1), density))
             found.append(_saga(Path(x, np.sign(signal), True, SAGA_POINTS, 0.3), density))
-        for logistic_too in (False, True):
-            found.append(_groups(_correlated(logistic_too, quick)))
+        found += [_groups(_correlated(logistic, quick)) for logistic in (False, True)]
     return found
 
 
