@@ -437,3 +437,18 @@ def test_coefficients_stay_where_columns_are_empty():
 def test_blocks_know_their_limits():
     one = Separable(np.ones(2), np.zeros(2), np.array([-np.inf, 1.0]), np.full(2, np.inf))
     assert one.limit.tolist() == [1.0, -1.0]  # what cannot be 0 is never left out
+
+
+@pytest.mark.parametrize("penalty", [L1(), GroupLasso(4)], ids=["l1", "groups"])
+@pytest.mark.parametrize("logistic", [False, True])
+def test_inputs_that_hardly_differ_need_no_thousands_of_epochs(logistic, penalty):
+    g = torch.Generator().manual_seed(0)
+    n, p = 100, 60
+    x = torch.randn(n, 1, generator=g, dtype=torch.float64) + 0.03 * torch.randn(n, p, generator=g, dtype=torch.float64)
+    x = x * torch.logspace(-1, 1, p, dtype=torch.float64)[torch.randperm(p, generator=g)]
+    y = x[:, :20].sum(1) + 0.1 * torch.randn(n, generator=g, dtype=torch.float64)
+    fit: Datafit = Logistic() if logistic else LeastSquares()
+    problem = Composite(x, (y > 0).double() if logistic else y, fit, penalty, intercept=True)
+    found = CoordinateDescent(tol=1e-9).minimize(problem.at(Scaled(penalty, 1e-3 * problem.largest_weight())))
+    assert found.certificate.converged
+    assert found.certificate.iterations < 3000

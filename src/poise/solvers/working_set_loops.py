@@ -29,26 +29,20 @@ _EXACT = 32
 
 @cache
 def loops() -> ModuleType:
-    """Compile the loops of this file, each when it is first called, and return the file.
+    """Compile the loops of this file, each when it is first called, and return the file."""
+    import sys
 
-    Raises:
-        MissingDependencyError: numba is not installed.
-    """
-    from poise.errors import MissingDependencyError
+    import numba
 
-    try:
-        import numba
-    except ImportError as error:
-        raise MissingDependencyError("numba", "solvers", "coordinate descent") from error
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     found = globals()
     for name in _COMPILED:
+        if hasattr(found[name], "py_func"):  # another thread came first
+            continue
         try:
             found[name] = numba.njit(**options, cache=True)(found[name])
         except RuntimeError:  # the folder of the package cannot be written and there is no other cache
             found[name] = numba.njit(**options)(found[name])
-    import sys
-
     return sys.modules[__name__]
 
 

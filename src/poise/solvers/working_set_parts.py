@@ -300,6 +300,17 @@ class Structure(Protocol):
         """Return the penalty of some blocks alone, and the places of their coefficients."""
         ...
 
+    def smooth_part(self, w: Array) -> tuple[Array, Array, Array] | None:
+        """Return where w is at no corner, and the penalty's gradient [k] and Hessian [k, k] there; None where it is concave.
+
+        Only places count where w can move either way.
+        """
+        ...
+
+    def within(self, w: Array, new: Array) -> Array:
+        """Return `new` with what has crossed a corner since w put on it."""
+        ...
+
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
         """Return the loop over these blocks under curvatures h: `run(w, u, shift, epochs, tolerance) -> (epochs, largest step)`."""
         ...
@@ -385,6 +396,16 @@ class Separable:
         l1, l2, low, high = (a[blocks] for a in self._numbers)
         some = Separable(l1, l2, low, high, self.kind, self.knee, self.a)
         return some, blocks
+
+    def smooth_part(self, w: Array) -> tuple[Array, Array, Array] | None:
+        if self.kind != SEPARABLE:
+            return None
+        used = np.flatnonzero((w != 0) & (w > self.low) & (w < self.high))
+        slope = self.l1[used] * np.sign(w[used]) + self.l2[used] * w[used]
+        return used, slope, np.diag(self.l2[used])
+
+    def within(self, w: Array, new: Array) -> Array:
+        return np.clip(np.where(w * new < 0, 0.0, new), self.low, self.high)
 
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
         L, hs = _curvatures(columns, cols, h, inv)
@@ -483,6 +504,25 @@ class Grouped:
         ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return Grouped(np.arange(ptr[-1]), ptr, self.lam[blocks], self.ridge), self.columns_of(blocks)
 
+    def smooth_part(self, w: Array) -> tuple[Array, Array, Array] | None:
+        norms = self._norms(w)
+        wide = np.empty(len(w))
+        wide[self.order] = np.repeat(norms, np.diff(self.ptr))
+        used = self.order[np.flatnonzero(wide[self.order] > 0)]
+        hessian, at = np.zeros((len(used), len(used))), 0
+        for g in np.flatnonzero(norms > 0):
+            x = w[self.order[self.ptr[g] : self.ptr[g + 1]]] / norms[g]
+            block = slice(at, at + len(x))
+            hessian[block, block] = self.lam[g] / norms[g] * (np.eye(len(x)) - np.outer(x, x))
+            at += len(x)
+        hessian += self.ridge * np.eye(len(used))
+        charge = np.empty(len(w))
+        charge[self.order] = np.repeat(self.lam, np.diff(self.ptr))
+        return used, charge[used] * w[used] / wide[used] + self.ridge * w[used], hessian
+
+    def within(self, w: Array, new: Array) -> Array:
+        return new
+
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
         _, hs = _curvatures(columns, cols, h, inv)
         squares = np.diff(self.ptr) ** 2
@@ -578,6 +618,12 @@ class Rows:
     def local(self, blocks: Array) -> tuple[Rows, Array]:
         places = (blocks[:, None] * self.outputs + np.arange(self.outputs)).ravel()
         return replace(self, lam=self.lam[blocks]), places
+
+    def smooth_part(self, w: Array) -> tuple[Array, Array, Array] | None:
+        return None
+
+    def within(self, w: Array, new: Array) -> Array:
+        return new
 
     def runner(self, columns: Columns, cols: Array, h: Array, inv: float) -> Callable[..., tuple[int, float]]:
         L, hs = _curvatures(columns, cols, h, inv)

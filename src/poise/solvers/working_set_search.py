@@ -23,6 +23,10 @@ EPOCHS = 12
 """Epochs between two looks at the working set: two extrapolations of six iterates, and one epoch that sets to 0 what they nearly did."""
 FIRST = 100
 """Blocks of a working set that begins with nothing."""
+MOST_UNKNOWNS = 2000
+"""Coordinates up to which a dense system is solved where epochs are slow."""
+PATIENCE = 500
+"""Looks at a working set without a tenth less residual, after which it is left."""
 
 
 @dataclass
@@ -178,7 +182,7 @@ class Search:
                 stalled = 0 if residual < 0.9 * best else stalled + 1
                 best = min(best, residual)
                 if stalled >= 5:
-                    status = f"stopped where {self.columns.dtype} rounds: the residual stays at {best:.3g}"
+                    status = f"stopped where nothing improves any more in {self.columns.dtype}: the residual stays at {best:.3g}"
                     break
             if turn == self.working_sets or epochs >= self.epochs:
                 break
@@ -239,21 +243,74 @@ class Search:
         dtype, outputs = self.columns.dtype, self.loss.outputs
         w, u, shift = self.w[places].astype(dtype), self.u.astype(dtype, copy=True), np.zeros(outputs)
         run = local.runner(self.columns, cols, self.h, self.inverse)
-        h = self.h.astype(dtype, copy=False)
-        done, least, stalled = 0, np.inf, 0
+        done, least, stalled, leapt = 0, np.inf, 0, 0
         while done < epochs:
             made, largest = run(w, u, shift, min(EPOCHS, epochs - done), self._inner(local, w, target))
             done += made
-            true = u.astype(float) - np.multiply.outer(self.h, shift).ravel()
-            value = float(loops()._model(u, h, shift)) + local.value(w)
-            residual = self._residual(local, w.astype(float), true, self._products(cols, true), value)
+            residual = self._model_residual(local, cols, w, u, shift)
+            if residual > target and self._due(w, done - leapt):
+                leapt = done
+                self._leap(local, cols, w, u, shift)
+                residual = self._model_residual(local, cols, w, u, shift)
             stalled = 0 if residual < 0.9 * least else stalled + 1
             least = min(least, residual)
-            if residual <= target or (largest == 0.0 and made < EPOCHS) or stalled > 50:
+            if residual <= target or (largest == 0.0 and made < EPOCHS) or stalled > PATIENCE:
                 break
         self.w[places] = w
         self.b = self.b + shift
         return done
+
+    def _model_residual(self, local: Structure, cols: Array, w: Array, u: Array, shift: Array) -> float:
+        true = u.astype(float) - np.multiply.outer(self.h, shift).ravel()
+        value = self._model_value(local, w, u, shift)
+        return self._residual(local, w.astype(float), true, self._products(cols, true), value)
+
+    def _model_value(self, local: Structure, w: Array, u: Array, shift: Array) -> float:
+        h = self.h.astype(self.columns.dtype, copy=False)
+        return float(loops()._model(u, h, shift)) + local.value(w)
+
+    # ---- where epochs are slow: one linear system over what is not 0 ---------------------------------------------------
+
+    def _due(self, w: Array, epochs: int) -> bool:
+        """Say whether the system would cost no more than the epochs since the last one: half as many as it has unknowns."""
+        used = int(np.count_nonzero(w))
+        return self.loss.outputs == 1 and 0 < used <= MOST_UNKNOWNS and epochs >= max(4 * EPOCHS, used / 2)
+
+    def _direction(self, local: Structure, cols: Array, w: Array, u: Array) -> Array | None:
+        """Return the step to the minimum of the model over the coordinates that are at no corner; u is the true residual."""
+        smooth = local.smooth_part(w)
+        if smooth is None or len(smooth[0]) == 0:
+            return None
+        used, slope, hessian = smooth
+        some, k = cols[used], len(used)
+        L, hs, gram = np.empty(k), np.empty(k), np.empty(k * k)
+        loops().curvatures(*self.columns.pack, some, self.h, self.inverse, L, hs)
+        ptr, where = np.array([0, k]), np.zeros(2, np.int64)
+        loops().group_grams(
+            *self.columns.pack, some, ptr, self.h, hs, self.inverse, 0.0, where, gram, np.empty(1)
+        )  # fmt: skip
+        step = np.zeros(len(w))
+        matrix, right = gram.reshape(k, k) + hessian, self._products(some, u) - slope
+        # Columns that are alike leave directions free, along which nothing should move.
+        step[used] = np.linalg.lstsq(matrix, right, rcond=1e-13)[0]
+        return step
+
+    def _leap(self, local: Structure, cols: Array, w: Array, u: Array, shift: Array) -> None:
+        """Move w, u and shift to the minimum over what is not 0, or part of the way; nothing moves where that does not help."""
+        at = w.astype(float)
+        step = self._direction(local, cols, at, u.astype(float) - self.h * shift[0])
+        if step is None:
+            return
+        before = self._model_value(local, w, u, shift)
+        for t in (1.0, 0.5, 0.25, 0.125):
+            new = local.within(at, at + t * step).astype(w.dtype)
+            dz = np.zeros(len(u))
+            loops().add_columns(*self.columns.pack, cols, new.astype(float) - at, dz)
+            moved = (u - self.h * dz).astype(u.dtype)
+            b = np.array([float(moved.sum(dtype=float)) * self.inverse])
+            if self._model_value(local, new, moved, b) < before:
+                w[:], u[:], shift[:] = new, moved, b
+                return
 
     def _inner(self, local: Structure, w: Array, target: float) -> float:
         """Return the step, in units of the gradient, below which epochs end before their number."""
@@ -267,7 +324,7 @@ class Search:
         dtype, outputs, columns = self.columns.dtype, self.loss.outputs, self.columns
         w = self.w[places]
         value = self.loss.value(self.z) + local.value(w)
-        done = 0
+        done, leapt = 0, 0
         while done < epochs:
             v = self._products(cols, self.u)
             if self._residual(local, w, self.u, v, value) <= target:
@@ -288,8 +345,21 @@ class Search:
             if found is None:
                 break
             w, value = found
+            if self._due(w, done - leapt):
+                leapt = done
+                w, value = self._newton_leap(local, cols, w, value)
         self.w[places] = w
         return done
+
+    def _newton_leap(self, local: Structure, cols: Array, w: Array, value: float) -> tuple[Array, float]:
+        step = self._direction(local, cols, w, self.u)
+        if step is None:
+            return w, value
+        step = local.within(w, w + step) - w
+        dz = np.zeros(len(self.z))
+        loops().add_columns(*self.columns.pack, cols, step, dz)
+        shift = np.array([-float(self.h @ dz) * self.inverse])
+        return self._along(local, w, step, dz + shift, shift, value) or (w, value)
 
     def _along(
         self, local: Structure, w: Array, dw: Array, dz: Array, shift: Array, value: float

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,8 @@ class CoordinateDescent:
         instead = "Use solver='proximal'."
         if problem.design.device.type != "cpu":
             return f"coordinate works on the CPU, and the examples are on {problem.design.device}. {instead}"
+        if find_spec("numba") is None:  # it lags behind new Python versions
+            return f"coordinate needs numba, which is not installed. {instead}"
         if not isinstance(fit, FITS):
             known = ", ".join(f.__name__ for f in FITS)
             return f"coordinate reads the fits {known}, and not {type(fit).__name__}. {instead}"
