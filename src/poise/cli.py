@@ -103,7 +103,8 @@ Solver = Annotated[
     typer.Option(
         "--solver",
         metavar="NAME",
-        help='sgd, adamw, ...: any of torch.optim; lion; half_fine_tuning. Options in brackets: "adamw(weight_decay=0.1)".',
+        help="sgd, adamw, ...: any of torch.optim; lion; newton; proximal, for exact zeros; half_fine_tuning. Options in brackets: "
+        '"adamw(weight_decay=0.1)".',
         rich_help_panel=TRAINING,
     ),
 ]

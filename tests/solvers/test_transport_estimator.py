@@ -33,14 +33,14 @@ def test_every_prototype_gets_its_share(k):
 
 
 def test_it_is_the_plan_of_the_solver():
+    """Without ties, which k below the number of prototypes brings: the potentials then give the plan that is read off."""
     import torch
 
     x = rows()
-    fitted = SparseTransport(k=2, gamma=0.5).fit(x)
+    fitted = SparseTransport(k=4, gamma=0.5).fit(x)
     cost = torch.cdist(torch.from_numpy(fitted.prototypes_), torch.from_numpy(x)).square()
-    found = sparse_transport(
-        cost / cost.mean(), torch.full((4,), len(x) / 4).double(), torch.ones(len(x)).double(), k=2, gamma=0.5
-    )
+    rows_each = torch.full((4,), len(x) / 4, dtype=torch.float64)
+    found = sparse_transport(cost / cost.mean(), rows_each, torch.ones(len(x)).double(), k=4, gamma=0.5)
     np.testing.assert_allclose(fitted.transform(x), found.plan.numpy().T, atol=1e-4)
     np.testing.assert_allclose(fitted.transport(x), fitted.transform(x) @ fitted.prototypes_)
 
