@@ -21,12 +21,14 @@ from poise.datafits import LeastSquares
 from poise.errors import IncompatibleError, InputError, nearest
 from poise.formula import parse
 from poise.objective import Objective
+from poise.solvers.coordinate import BlockCoordinate
 from poise.solvers.proximal import ProximalGradient
 from poise.solvers.smooth_composites import MOST_UNKNOWNS, CompositeLBFGS, CompositeNewton, NormalEquations
 from poise.solvers.working_sets import CoordinateDescent
 from poise.structure import composite_of
 
 SOLVERS: dict[str, Callable[..., Any]] = {
+    "block_coordinate": BlockCoordinate,
     "coordinate": CoordinateDescent,
     "lbfgs": CompositeLBFGS,
     "newton": CompositeNewton,

@@ -24,7 +24,7 @@ def linear_data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_composite(name: str, **options):
-    corners = {"proximal", "coordinate"} & {name}
+    corners = {"proximal", "coordinate", "block_coordinate"} & {name}
     return solve(f"least_squares + 0.1*{'l1' if corners else 'l2'}", linear_data(), solver=name, **options).certificate
 
 
