@@ -44,7 +44,7 @@ def test_solvers_of_linear_models_keep_the_contract(name):
     holds(by_composite(name))
 
 
-@pytest.mark.parametrize("name", ["newton", "lbfgs", "proximal"])
+@pytest.mark.parametrize("name", ["newton", "lbfgs", "proximal", "sls", "target_surrogate"])
 def test_solvers_of_problems_keep_the_contract(name):
     holds(by_problem(name))
 

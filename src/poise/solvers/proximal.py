@@ -21,6 +21,7 @@ from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
 from poise.penalties import Penalty, Scaled
 from poise.problem import Certificate, Problem, Step
+from poise.solvers.projection import ProjectModules
 from poise.structure import composite_of_problem, write_to_layer
 
 
@@ -57,6 +58,7 @@ class ProximalGradient:
             )
         self.tol, self.iterations, self.every, self.lr, self.momentum = tol, iterations, every, lr, momentum
         self._moved: dict[str, Tensor] = {}
+        self._project = ProjectModules(None)
 
     # ---- a whole problem ---------------------------------------------------------------------------------------------
 
@@ -160,6 +162,7 @@ class ProximalGradient:
     def bind(self, model: nn.Module, objective: Objective) -> None:
         """Bring the parameters into the sets that the objective demands."""
         self._moved = {}
+        self._project = ProjectModules(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for term in _terms(objective).values():
@@ -220,6 +223,7 @@ class ProximalGradient:
                     fresh = penalty.prox(_flat(fresh), self.lr * weight).view_as(p)
                 self._moved[name] = fresh - p
                 p.copy_(fresh)
+        self._project()
         return report
 
     def state_dict(self) -> dict[str, Any]:

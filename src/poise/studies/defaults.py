@@ -31,6 +31,8 @@ _RATES = {
     "half_fine_tuning": 0.003,
     "newton": 1.0,
     "proximal": 0.02,
+    "sls": 1.0,
+    "target_surrogate": 1.0,
 }
 
 
