@@ -237,7 +237,7 @@ def _reached(path: Path, follow: Follow, tol: float, most: float = np.inf) -> tu
 
 def _against(name: str, path: Path, peers: dict[str, tuple[Follow, float]], goal: float, size: str) -> Ratio:
     for follow, _ in peers.values():  # a peer's loops are compiled on these very types before the clock runs
-        follow(path.head(2), 1e-4)
+        follow(path if path.group > 1 else path.head(2), 1e-4)
     ours = min((_reached(path, _ours, TOL) for _ in range(2)), key=lambda found: found[0])
     most = 5 * ours[0] if len(peers) > 1 else np.inf
     theirs = {peer: _reached(path, follow, tol, most) for peer, (follow, tol) in peers.items()}
