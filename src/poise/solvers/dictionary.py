@@ -1,0 +1,543 @@
+"""Gradient steps on a matrix of low rank: step, then cut back to rank r.
+
+    theta <- T_r(theta - (1/L) grad_theta f(theta, gamma)),      gamma <- gamma - (1/L) grad_gamma f(theta, gamma)
+
+`T_r` keeps the r leading singular triplets, so every iterate stays two thin factors. Where f is convex in theta (the lifted form of
+supervised dictionary learning is) and well conditioned, this reaches the global minimiser although rank is not a convex constraint.
+
+    LowRankProjectedGradient(rank=5).minimize_function(SupervisedFactors(x, y, xi=0.1))   two data terms that share a factor
+    LowRankProjectedGradient(rank=5).minimize_function(SmoothMatrix(f, (30, 40)))         any smooth function of a matrix
+    LowRankProjectedGradient(rank=5).minimize(problem)                                    the stacked matrices of a model
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWarning
+from poise.objective import Objective
+from poise.operators import require_count
+from poise.problem import Certificate, Problem, Step
+from poise.solvers.low_rank import DenseMatrix, LowRank, Matrix, Spectrum, truncated_svd
+
+__all__ = ["LowRankProjectedGradient", "LowRankSolution", "Point", "SmoothMatrix", "StackedObjective"]
+
+STEPS = ("auto", "fixed")
+STARTS = ("svd", "random")
+DECAY, GROWTH = 0.7, 2.0
+"""The searched curvature falls by the first after a step and rises by the second after a trial that did not lower the value."""
+
+
+ROUGH, EXACT = 1e-9, 1e-14
+"""Accuracy of the truncation, as relative rise of the kept squares, at first and where no step lowers the value."""
+QUIET = 1e-4
+"""Relative fall of the value over ten steps below which polishing takes over."""
+
+
+class Point(NamedTuple):
+    """Where an objective is evaluated: the matrix of low rank, and what is not bound by rank (or None)."""
+
+    theta: LowRank
+    free: Tensor | None
+
+
+class StackedObjective(Protocol):
+    """A smooth function of a stacked matrix and of free variables, as the solver asks for it.
+
+    Attributes:
+        shape: of the matrix.
+        dtype, device: of its entries.
+        bound: an upper bound of the curvature, or None where it is not known.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    bound: float | None
+
+    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
+        """Return where to begin."""
+        ...
+
+    def value(self, point: Point) -> float:
+        """Return the objective."""
+        ...
+
+    def stepped(self, point: Point, curvature: float) -> tuple[Matrix, Tensor | None]:
+        """Return `theta - grad / curvature` in the metric of that curvature, and the free variables after their own step."""
+        ...
+
+    def scaled(self, theta: LowRank, curvature: float, back: bool = False) -> LowRank:
+        """Return the matrix in the metric of that curvature, or back from it."""
+        ...
+
+    def corrected(self, spectrum: Spectrum, point: Point, curvature: float) -> Point:
+        """Return the point, or a better one in the same subspace. `spectrum` is that of the scaled matrix."""
+        ...
+
+    def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
+        """Return the point, or a better one of the same rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRankSolution:
+    """What was found.
+
+    Attributes:
+        theta: the stacked matrix as two factors.
+        free: the free variables, or None.
+        certificate: its residual is the norm of the gradient mapping, `L |theta - T_r(theta - grad / L)|`, over that of the
+            gradient at 0.
+        gap: `(s_r - s_{r+1}) / s_r` of the matrix before the last truncation: 0 where the projection is not unique.
+        curvature: the last curvature of the search.
+    """
+
+    theta: LowRank
+    free: Tensor | None
+    certificate: Certificate
+    gap: float
+    curvature: float
+
+    @property
+    def point(self) -> Point:
+        """Matrix and free variables."""
+        return Point(self.theta, self.free)
+
+
+class LowRankProjectedGradient:
+    """Low-rank projected gradient descent (LPGD) for a smooth objective of a stacked matrix.
+
+    Args:
+        rank: r, an integer of at least 1.
+        step: "auto" searches the curvature below its bound (a trial that does not lower the value doubles it), "fixed" takes one
+            over the bound, and a number is the step itself.
+        momentum: extrapolate between steps, with a restart where the value would rise.
+        correct: after a step minimise within the found subspace, where the objective knows how.
+        polish: end with quasi-Newton steps on the subspace, where the objective knows how.
+        tol: of the certificate's residual.
+        max_iter: steps at most; polishing makes as many again at most.
+        start: "svd" or "random".
+        seed: of everything random.
+        stack: for `minimize`: names of the matrices that are stacked; all two-dimensional parameters where it is None.
+        dim: along which dimension they are stacked.
+
+    With `momentum=False, correct=False, polish=False` and a number as step this is the paper's algorithm.
+
+    Raises:
+        InputError: an argument is out of range.
+
+    >>> LowRankProjectedGradient(2)
+    low_rank_projected_gradient(rank=2, step='auto', tol=1e-06)
+
+    Source:
+        arXiv:2206.06774, algorithm LPGD. Chosen here: search, momentum, correction, polish and certificate.
+    """
+
+    name = "low_rank_projected_gradient"
+    needs = frozenset({"potential", "deterministic"})
+
+    def __init__(
+        self,
+        rank: int,
+        step: str | float = "auto",
+        *,
+        momentum: bool = True,
+        correct: bool = True,
+        polish: bool = True,
+        tol: float = 1e-6,
+        max_iter: int = 500,
+        start: str = "svd",
+        seed: int = 0,
+        stack: Sequence[str] | None = None,
+        dim: int = 1,
+    ) -> None:
+        self.rank = require_count(self.name, rank)
+        if isinstance(step, str) and step not in STEPS:
+            raise InputError(f"{self.name}: step is 'auto', 'fixed' or a number above 0, and it is {step!r}.")
+        for label, number in (("tol", tol), ("step", 1.0 if isinstance(step, str) else step)):
+            if not (math.isfinite(number) and number > 0):
+                raise InputError(f"{self.name}: {label} must be finite and above 0, and it is {number}.")
+        if start not in STARTS:
+            raise InputError(f"{self.name}: start is one of {', '.join(STARTS)}, and it is {start!r}.")
+        if dim not in (0, 1):
+            raise InputError(f"{self.name}: matrices are stacked along dim 0 or 1, and it is {dim!r}.")
+        self.step_size, self.momentum, self.correct, self.polish = step, momentum, correct, polish
+        self.tol, self.max_iter = tol, require_count(self.name, max_iter)
+        self.kind, self.seed, self.stack, self.dim = start, seed, stack, dim
+        self.curvature: float | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.name}(rank={self.rank}, step={self.step_size!r}, tol={self.tol:g})"
+
+    # ---- an objective ------------------------------------------------------------------------------------------------
+
+    def minimize_function(self, objective: StackedObjective, start: Point | None = None) -> LowRankSolution:
+        """Minimise over matrices of rank r.
+
+        Args:
+            objective: `SupervisedFactors`, `SmoothMatrix`, or anything that has their methods.
+            start: where to begin; the objective's own start where it is None.
+
+        Returns:
+            Factors, free variables and a certificate; what misses its tolerance says so in `status` and as a PoiseWarning.
+
+        Raises:
+            InputError: the rank exceeds the smaller side of the matrix.
+            NonFiniteError: the objective is not finite at the start.
+        """
+        rows, columns = objective.shape
+        if self.rank > min(rows, columns):
+            raise InputError(
+                f"{self.name}: the stacked matrix is {rows} x {columns}, so its rank is at most {min(rows, columns)}, and rank is {self.rank}."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        point = objective.start(self.rank, self.kind, generator) if start is None else start
+        descent = _Descent(self, objective, point, generator)
+        descent.run()
+        if self.polish:
+            descent.take(objective.polished(descent.point, self.tol, self.max_iter))
+        return self._judged(objective, descent)
+
+    def _judged(self, objective: StackedObjective, descent: _Descent) -> LowRankSolution:
+        residual, gap = gradient_mapping(objective, descent.point, self.rank, self._sure(objective, descent))
+        status = "converged" if residual <= self.tol else f"{descent.status} with gradient mapping {residual:.3g}"
+        if residual > self.tol:
+            warnings.warn(f"{self.name}: {status}; {self.tol:.3g} was asked for.", PoiseWarning, stacklevel=3)
+        self.curvature = descent.curvature
+        history = descent.history
+        certificate = Certificate(
+            history[-1], residual, self.tol, "relative norm of the gradient mapping", len(history) - 1, status, history=tuple(history)
+        )  # fmt: skip
+        return LowRankSolution(descent.point.theta, descent.point.free, certificate, gap, descent.curvature)
+
+    def _sure(self, objective: StackedObjective, descent: _Descent) -> float:
+        """A curvature of which the gradient mapping is taken: the bound, or where none is known a multiple of what was searched."""
+        return objective.bound if objective.bound is not None else 4.0 * descent.curvature
+
+    # ---- a problem of Poise --------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module, objective: Objective) -> None:
+        """Nothing is held between steps but the curvature."""
+
+    def minimize(self, problem: Problem) -> Certificate:
+        """Minimise one problem from where the model stands, its stacked matrices bound by rank; leave the model at the solution.
+
+        Raises:
+            IncompatibleError: a term is not smooth or not the same twice, or there is no matrix.
+            InputError: matrices that do not stack, or a rank that is too large.
+        """
+        problem.reports()
+        stacked = ProblemMatrix(problem, self.stack, self.dim)
+        solution = self.minimize_function(stacked, stacked.start(self.rank, "", torch.Generator()))
+        stacked.write(solution.point)
+        return solution.certificate
+
+    def step(self, problem: Problem, accept: Callable[[Step], bool] | None = None) -> Step:
+        """Make one step of the search on a whole batch; the curvature goes on from the step before."""
+        stacked = ProblemMatrix(problem, self.stack, self.dim)
+        found = problem.reports()
+        if accept is not None and not accept(found):
+            return Step(found.value, found.terms, skipped=True)
+        point = stacked.start(self.rank, "", torch.Generator())
+        descent = _Descent(self, stacked, point, torch.Generator().manual_seed(self.seed))
+        descent.advance()
+        self.curvature = descent.curvature
+        stacked.write(descent.point)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curvature that a resumed run goes on with."""
+        return {"curvature": self.curvature}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.curvature = state["curvature"]
+
+
+class _Descent:
+    """The iterates of one run."""
+
+    def __init__(
+        self, solver: LowRankProjectedGradient, objective: StackedObjective, point: Point, generator: torch.Generator
+    ) -> None:
+        self.solver, self.objective, self.generator = solver, objective, generator
+        self.point = self.before = point
+        first = objective.value(point)
+        if not math.isfinite(first):
+            raise NonFiniteError(f"{solver.name}: the objective is {first} at the start; it must be finite.")
+        self.history = [first]
+        self.pace, self.precision = 1.0, ROUGH
+        self.basis: Tensor | None = None
+        self.status = f"stopped after {solver.max_iter} steps"
+        self.searches = solver.step_size == "auto"
+        if not isinstance(solver.step_size, str):
+            self.curvature = 1.0 / solver.step_size
+        elif solver.curvature is not None and self.searches:
+            self.curvature = solver.curvature
+        else:
+            self.curvature = (objective.bound or 1.0) / (16.0 if self.searches else 1.0)
+
+    def run(self) -> None:
+        """Step until the value stands still or the limit is reached."""
+        quiet = QUIET if self.solver.polish else self.solver.tol * 1e-6
+        for done in range(1, self.solver.max_iter + 1):
+            if not self.advance():
+                self.status = f"no step lowers the value after {done} steps"
+                return
+            if done >= 10 and self.history[-11] - self.history[-1] <= quiet * abs(self.history[-1]):
+                self.status = f"the value stands still after {done} steps"
+                return
+
+    def advance(self) -> bool:
+        """Make one step; False where none lowers the value."""
+        momentum = 0.0
+        if self.solver.momentum:
+            pace = (1.0 + math.sqrt(1.0 + 4.0 * self.pace**2)) / 2.0
+            momentum, self.pace = (self.pace - 1.0) / pace, pace
+        for _ in range(60):
+            found = self._trial(momentum)
+            value = self.objective.value(found)
+            if not self.searches and not self.solver.momentum:
+                break
+            if value <= self.history[-1]:
+                break
+            if momentum:
+                momentum, self.pace = 0.0, 1.0
+            elif self.searches:
+                self.curvature *= GROWTH
+                if self.objective.bound is not None and self.curvature > 8 * self.objective.bound:
+                    # With one over the bound every step lowers the value but for the truncation's error, and then rounding.
+                    self.curvature = self.objective.bound
+                    if self.precision <= EXACT:
+                        return False
+                    self.precision = EXACT
+            else:
+                break
+        else:
+            return False
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{self.solver.name}: the objective became {value}; step {self.solver.step_size!r} is too long. Use step='auto'."
+            )
+        self.before, self.point = self.point, found
+        self.history.append(value)
+        if self.searches:
+            self.curvature *= DECAY
+        return True
+
+    def _trial(self, momentum: float) -> Point:
+        at = self.point
+        if momentum:
+            theta = LowRank(at.theta.left, (1 + momentum) * at.theta.right).plus(self.before.theta, -momentum)
+            free = at.free if at.free is None or self.before.free is None else at.free + momentum * (at.free - self.before.free)
+            at = Point(theta, free)
+        matrix, free = self.objective.stepped(at, self.curvature)
+        spectrum = truncated_svd(
+            matrix, self.solver.rank, start=self.basis, generator=self.generator, dtype=self.objective.dtype, device=self.objective.device,
+            tolerance=self.precision,
+        )  # fmt: skip
+        self.basis = spectrum.left
+        found = Point(self.objective.scaled(spectrum.low_rank(), self.curvature, back=True), free)
+        return self.objective.corrected(spectrum, found, self.curvature) if self.solver.correct else found
+
+    def take(self, point: Point) -> None:
+        """Go on from a point that is no worse."""
+        value = self.objective.value(point)
+        if value <= self.history[-1]:
+            self.point = self.before = point
+            self.history.append(value)
+
+
+def gradient_mapping(objective: StackedObjective, point: Point, rank: int, curvature: float) -> tuple[float, float]:
+    """Return `|theta - T_r(theta - grad / L)|` over `|grad(0)| / L`, and the gap between the r-th and the next singular value."""
+    matrix, free = objective.stepped(point, curvature)
+    spectrum = truncated_svd(
+        matrix, rank, start=_basis(objective.scaled(point.theta, curvature)), dtype=objective.dtype, device=objective.device, tolerance=EXACT
+    )  # fmt: skip
+    moved = spectrum.low_rank().plus(objective.scaled(point.theta, curvature), -1.0)
+    # The difference of two nearly equal products loses half the digits in its Gram form, so the left sides are made orthonormal first.
+    q, r = torch.linalg.qr(moved.left)
+    squared = (r @ moved.right).square().sum()
+    zero = Point(LowRank(0 * point.theta.left, 0 * point.theta.right), None if point.free is None else 0 * point.free)
+    at_zero, free_at_zero = objective.stepped(zero, curvature)
+    scale = _squared_norm(at_zero)
+    if free is not None and point.free is not None and free_at_zero is not None:
+        squared = squared + (free - point.free).square().sum()
+        scale = scale + free_at_zero.square().sum()
+    last = float(spectrum.values[-1])
+    gap = (last - spectrum.following) / last if last > 0 else 0.0
+    return math.sqrt(float(squared) / max(float(scale), torch.finfo(torch.float64).tiny)), gap
+
+
+def _basis(theta: LowRank) -> Tensor:
+    return torch.linalg.qr(theta.left)[0]
+
+
+def _squared_norm(matrix: Matrix) -> Tensor:
+    if isinstance(matrix, DenseMatrix):
+        return matrix.entries.square().sum()
+    found: Tensor = matrix.squared_norm()  # type: ignore[attr-defined]
+    return found
+
+
+# ---- any smooth function of a matrix -------------------------------------------------------------------------------------
+
+
+class SmoothMatrix:
+    """A smooth function of a matrix (and of free variables), differentiated by PyTorch.
+
+    Args:
+        function: `f(theta)` or `f(theta, free)`, 0-dim.
+        shape: of theta.
+        free: where the free variables begin, or None.
+        bound: an upper bound of the curvature, where one is known.
+        dtype: of theta.
+
+    >>> target = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> f = SmoothMatrix(lambda t: 0.5 * (t - target).square().sum(), (3, 3), bound=1.0)
+    >>> round(LowRankProjectedGradient(2).minimize_function(f).certificate.value, 4)
+    0.5
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        shape: tuple[int, int],
+        free: Tensor | None = None,
+        bound: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.function, self.shape, self.free, self.bound, self.dtype = function, shape, free, bound, dtype
+        self.device = torch.device("cpu") if free is None else free.device
+
+    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
+        """Return 0, or a random matrix."""
+        left, right = (torch.randn(*s, generator=generator) for s in ((self.shape[0], rank), (rank, self.shape[1])))
+        factor = float(kind == "random")
+        theta = LowRank(left.to(self.device, self.dtype), factor * right.to(self.device, self.dtype))
+        return Point(theta, None if self.free is None else self.free.detach().clone())
+
+    def value(self, point: Point) -> float:
+        """Return `f`."""
+        with torch.no_grad():
+            return float(self._call(point.theta.dense(), point.free))
+
+    def stepped(self, point: Point, curvature: float) -> tuple[DenseMatrix, Tensor | None]:
+        """Return `theta - grad / L`, and the free variables after the same step."""
+        theta = point.theta.dense().requires_grad_()
+        free = None if point.free is None else point.free.clone().requires_grad_()
+        with torch.enable_grad():
+            found = torch.autograd.grad(self._call(theta, free), [theta, *([] if free is None else [free])])
+        moved = None if free is None else free.detach() - found[1] / curvature
+        return DenseMatrix(theta.detach() - found[0] / curvature), moved
+
+    def scaled(self, theta: LowRank, curvature: float, back: bool = False) -> LowRank:
+        """Return the matrix as it is: one metric for all entries."""
+        return theta
+
+    def corrected(self, spectrum: Spectrum, point: Point, curvature: float) -> Point:
+        """Return the point as it is."""
+        return point
+
+    def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
+        """Return the point as it is."""
+        return point
+
+    def _call(self, theta: Tensor, free: Tensor | None) -> Tensor:
+        return self.function(theta) if free is None else self.function(theta, free)
+
+
+class ProblemMatrix(SmoothMatrix):
+    """The matrices of a model, stacked, and its other parameters as free variables.
+
+    Args:
+        problem: the step.
+        names: of the matrices; all two-dimensional parameters where it is None.
+        dim: along which they are stacked.
+
+    Raises:
+        IncompatibleError: there is no matrix, or a term is not smooth or not the same twice.
+        InputError: a name that is not there, or sides that do not fit.
+    """
+
+    def __init__(self, problem: Problem, names: Sequence[str] | None, dim: int) -> None:
+        for label, term in problem.objective.terms.items():
+            lacking = LowRankProjectedGradient.needs - term.capabilities  # type: ignore[operator]
+            if lacking or getattr(term, "smooth", True) is False or getattr(term, "formula", "") in ("l1", "mask_l1"):
+                why = f"is not {', '.join(sorted(lacking))}" if lacking else "has corners"
+                raise IncompatibleError(
+                    f"low_rank_projected_gradient needs smooth terms that are the same twice, and {label!r} {why}. Use 'adamw', "
+                    "or for penalties on single factors the block solver (poise.solvers.BlockCoordinateDescent)."
+                )
+        self.problem, self.dim = problem, dim
+        self.parameters: Mapping[str, Tensor] = problem.parameters
+        self.names = [n for n, p in self.parameters.items() if p.ndim == 2] if names is None else list(names)
+        wrong = [n for n in self.names if n not in self.parameters or self.parameters[n].ndim != 2]
+        if wrong or not self.names:
+            known = [n for n, p in self.parameters.items() if p.ndim == 2]
+            raise (InputError if wrong else IncompatibleError)(
+                f"low_rank_projected_gradient: stack names matrices of the model ({', '.join(known) or 'it has none'}), and it is {names!r}."
+            )
+        sides = {self.parameters[n].shape[1 - dim] for n in self.names}
+        if len(sides) > 1:
+            shapes = ", ".join(f"{n} {list(self.parameters[n].shape)}" for n in self.names)
+            raise InputError(f"low_rank_projected_gradient: matrices do not stack along dim {dim}: {shapes}.")
+        self.others = [n for n in self.parameters if n not in self.names]
+        stacked = self._stacked(self.parameters)
+        free = torch.cat([self.parameters[n].detach().flatten() for n in self.others]) if self.others else None
+        super().__init__(self._never, (stacked.shape[0], stacked.shape[1]), free, None, stacked.dtype)
+        self.device = stacked.device
+
+    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
+        """Return the model's matrices, cut to rank r."""
+        stacked = self._stacked(self.parameters)
+        if rank > min(stacked.shape):
+            raise InputError(
+                f"low_rank_projected_gradient: the stacked matrix is {stacked.shape[0]} x {stacked.shape[1]}, and rank is {rank}."
+            )
+        u, s, vt = torch.linalg.svd(stacked, full_matrices=False)
+        return Point(LowRank(u[:, :rank], s[:rank, None] * vt[:rank]), self.free)
+
+    def value(self, point: Point) -> float:
+        """Return the objective there."""
+        return float(self.problem.value(at=self.named(point.theta.dense(), point.free)))
+
+    def stepped(self, point: Point, curvature: float) -> tuple[DenseMatrix, Tensor | None]:
+        """Return matrix and free variables after a gradient step."""
+        theta = point.theta.dense()
+        named = self.named(theta, point.free)
+        gradient = {n: torch.zeros_like(p) for n, p in named.items()} | dict(self.problem.gradient(at=named))
+        free = point.free
+        if free is not None:
+            free = free - torch.cat([gradient[n].flatten() for n in self.others]) / curvature
+        return DenseMatrix(theta - self._stacked(gradient) / curvature), free
+
+    def named(self, theta: Tensor, free: Tensor | None) -> dict[str, Tensor]:
+        """Return parameters by name."""
+        blocks = theta.split([self.parameters[n].shape[self.dim] for n in self.names], self.dim)
+        found = {n: b.contiguous() for n, b in zip(self.names, blocks, strict=True)}
+        if free is not None:
+            parts = free.split([self.parameters[n].numel() for n in self.others])
+            found |= {n: p.view_as(self.parameters[n]) for n, p in zip(self.others, parts, strict=True)}
+        return found
+
+    def write(self, point: Point) -> None:
+        """Move the model's parameters there."""
+        with torch.no_grad():
+            for name, value in self.named(point.theta.dense(), point.free).items():
+                self.parameters[name].copy_(value)
+
+    def _stacked(self, named: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([named[n].detach() for n in self.names], self.dim)
+
+    @staticmethod
+    def _never(*_: Tensor) -> Tensor:
+        raise NotImplementedError("a problem is asked for its own value")
