@@ -363,6 +363,10 @@ class _Loop:
                 raise IncompatibleError(
                     f"The solver {prepared!r} needs terms with {', '.join(sorted(lacking))}, and {label!r} has not. Use 'sgd' or 'adamw'."
                 )
+            if getattr(term, "needs_proximal_solver", False) and not getattr(prepared, "meets_sets", False):
+                raise IncompatibleError(
+                    f"{label!r} is infinite outside its set, where {prepared!r} has no gradient to follow. Use solver='proximal'."
+                )
         prepared.bind(self.model, self.objective)
         return prepared
 

@@ -14,6 +14,7 @@ _HOME: dict[str, str] = {
     "HalfFineTuning": "half_fine_tuning",
     "LBFGS": "torch_optimizers",
     "Lion": "lion",
+    "ProximalGradient": "proximal",
     "RMSprop": "torch_optimizers",
     "Rival": "newton_rivals",
     "SGD": "torch_optimizers",

@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 NAMED = {
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
+    "proximal": "poise.solvers.proximal:ProximalGradient",
 }
 """Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]

@@ -7,29 +7,48 @@ every parameter that its reference names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from poise import penalties
 from poise.errors import InputError
 from poise.objective import Term
 from poise.parameter_masks import check, draw_mask, matrices_of
+from poise.penalties import Penalty, SquaredL2
 
 
-def _charged(parameters: Mapping[str, Tensor], biases: bool) -> list[Tensor]:
-    return [p for p in parameters.values() if p.is_floating_point() and (biases or p.ndim > 1)]
+class PenaltyTerm(Term):
+    """A penalty of `poise.penalties` on every charged parameter: the sum of its values, 0-dim.
 
+    Args:
+        biases: charge vectors (biases, normalisation scales) too.
 
-class _Penalty(Term):
+    Attributes:
+        penalty: value, proximal map, subdifferential and conjugate, for solvers with structure.
+        smooth: whether it has a gradient everywhere, so that its proximal map is not needed.
+    """
+
     capabilities = frozenset({"potential", "deterministic"})
+    smooth: ClassVar[bool] = False
+    penalty: Penalty
 
     def __init__(self, biases: bool = False) -> None:
         super().__init__()
         self.biases = biases
 
+    def charged(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the parameters that it charges."""
+        return {n: p for n, p in parameters.items() if p.is_floating_point() and (self.biases or p.ndim > 1)}
 
-class L2(_Penalty):
+    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        # a penalty sees `[outputs, inputs]`, and a kernel's inputs are its channels and places
+        found = [self.penalty.value(p.flatten(1) if p.ndim > 2 else p) for p in self.charged(parameters).values()]
+        return torch.stack(found).sum() if found else torch.zeros(())
+
+
+class L2(PenaltyTerm):
     """Half the squared norm of the weights: `1/2 sum w^2`. Its gradient is `w`.
 
     Decoupled weight decay is the solver's `weight_decay`, another thing.
@@ -40,20 +59,16 @@ class L2(_Penalty):
 
     formula = "l2"
     equation = "1/2 sum w^2"
+    smooth = True
+    penalty = SquaredL2()
 
     @property
     def strong_convexity(self) -> float:
         """The least curvature that it gives a convex objective: 1 where it charges every parameter."""
         return 1.0 if self.biases else 0.0
 
-    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        charged = _charged(parameters, self.biases)
-        if not charged:
-            return torch.zeros(())
-        return 0.5 * torch.stack([p.square().sum() for p in charged]).sum()
 
-
-class L1(_Penalty):
+class L1(PenaltyTerm):
     """The sum of absolute weights: `sum |w|`.
 
     Args:
@@ -62,12 +77,7 @@ class L1(_Penalty):
 
     formula = "l1"
     equation = "sum |w|"
-
-    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        charged = _charged(parameters, self.biases)
-        if not charged:
-            return torch.zeros(())
-        return torch.stack([p.abs().sum() for p in charged]).sum()
+    penalty = penalties.L1()
 
 
 class AnchoredPenalty(Term):
