@@ -168,21 +168,25 @@ class BlockCoordinateDescent:
         return BlockSolution(run.factors(), certificate, tuple(run.blocks))
 
     def _begin(self, objective: SupervisedFactors) -> _State:
-        """W and H uniform in [0, 1] times what gives `W H` the size of X; beta uniform in [-1, 1]; Gamma 0."""
+        """W uniform in [0, 1] (of both signs where it may have them), H what reconstructs best with it; beta uniform in [-1, 1]."""
         generator = torch.Generator().manual_seed(self.seed)
         p, n = objective.data.shape
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, dtype=torch.float64).to(objective.device, objective.dtype)
 
-        w, h = uniform(p, self.rank), uniform(self.rank, n)
-        if not (self.penalties[0].nonnegative and self.penalties[1].nonnegative):
-            # Factors of both signs start at random signs, the others keep theirs.
-            w = w if self.penalties[0].nonnegative else 2 * w - 1
-            h = h if self.penalties[1].nonnegative else 2 * h - 1
-        size = math.sqrt(float(objective.data.squared_norm()) / max(float(LowRank(w, h).squared_norm()), 1e-300))
+        dictionary, codes, _ = self.penalties
+        w = uniform(p, self.rank)
+        if not (dictionary.nonnegative and codes.nonnegative):
+            # Data of both signs need one factor of both signs.
+            w = w if dictionary.nonnegative else 2 * w - 1
+        w = w * math.sqrt(math.sqrt(float(objective.data.squared_norm())) / max(float(w.square().sum()), 1e-300))
+        gram, cross = w.mT @ w, objective.data.transposed_times(w).mT
+        h = proximal_descent(
+            w.new_zeros(self.rank, n), lambda h: 2 * (gram @ h - cross), 2 * _top(gram), FactorPenalty(nonnegative=codes.nonnegative), 100
+        )  # fmt: skip
         beta = 2 * uniform(self.rank, objective.kappa) - 1
-        return _State(w * size**0.5, h * size**0.5, beta, beta.new_zeros(len(objective.z), objective.kappa))
+        return _State(w, h, beta, beta.new_zeros(len(objective.z), objective.kappa))
 
     def _taken(self, objective: SupervisedFactors, start: Factors) -> _State:
         w, h = start.dictionary.clone(), start.codes.clone()
