@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "poise"
 ROOT = {p.stem for p in SOURCE.glob("*.py")} | {"errors"}
-ABOVE = {"recipes", "tasks", "studies", "claims", "report", "cli", "saved", "tables", "terminal"}
+ABOVE = {"recipes", "tasks", "studies", "claims", "report", "cli", "saved", "solve", "tables", "terminal"}
 MAY_IMPORT = {
     "terms": {"terms", "parts"},
     "weights": {"weights"},

@@ -24,6 +24,8 @@ _HOME: dict[str, str] = {
     "Step": "problem",
     "Certificate": "problem",
     "fit": "training",
+    "solve": "solve",
+    "solve_path": "solve",
     "Run": "run",
     "Stream": "streams",
     "OnPolicy": "readouts.on_policy",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from poise.quantities import Quantities as Quantities
     from poise.readouts.on_policy import OnPolicy as OnPolicy
     from poise.run import Run as Run
+    from poise.solve import solve as solve
+    from poise.solve import solve_path as solve_path
     from poise.streams import Stream as Stream
     from poise.studies import Study as Study
     from poise.tasks import load_task as load_task

@@ -9,6 +9,7 @@ certificate           P - D >= P - min P >= 0, where h is convex and its conjuga
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from poise.datafits import Datafit
 from poise.errors import InputError, PoiseWarning
-from poise.penalties import Scaled
+from poise.penalties import L1, Indicator, Scaled, TotalVariation
 from poise.problem import Certificate
 
 
@@ -189,6 +190,13 @@ class Composite:
         self.share = self.weight * s / s.sum()
         self.outputs = datafit.outputs(self.y)
 
+    def at(self, penalty: Scaled) -> Composite:
+        """Return the same fit under another penalty; what is known of the data is shared."""
+        other = copy.copy(self)
+        other.penalty = penalty
+        other.__dict__.pop("certifies_gap", None)
+        return other
+
     # ---- the parts ---------------------------------------------------------------------------------------------------
 
     @property
@@ -318,7 +326,7 @@ class Composite:
             self.gap(w, self.settle(z, b))
         except NotImplementedError:
             return False
-        return self.penalty.ridge > 0 or not _free_directions(self.penalty)
+        return self.penalty.ridge > 0 or not _has_free_directions(self.penalty, w)
 
     @property
     def measure(self) -> str:
@@ -376,11 +384,11 @@ class Composite:
         )
 
 
-def _free_directions(penalty: Scaled) -> bool:
+def _has_free_directions(penalty: Scaled, zero: Tensor) -> bool:
     """Say whether the penalty leaves directions uncharged, so that no dual point near the optimum is found by scaling."""
-    from poise.penalties import L1, TotalVariation
-
     inner = penalty.penalty
+    if isinstance(inner, Indicator):
+        return any(not math.isfinite(float(inner.conjugate(torch.full_like(zero, sign)))) for sign in (1.0, -1.0))
     if isinstance(inner, TotalVariation):
         return True
     return isinstance(inner, L1) and inner.scales is not None and bool((inner.scales == 0).any())

@@ -8,7 +8,6 @@ stochastic form for training.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -84,9 +83,7 @@ class ProximalGradient:
 
     def _fit_alone(self, problem: Composite) -> tuple[Tensor, Tensor]:
         """Return near the minimum of the fit, without the penalty, where the search for a better end begins."""
-        alone = copy.copy(problem)
-        alone.penalty = Scaled(None, 0.0, max(problem.penalty.ridge, 1e-6 * problem.lipschitz))
-        alone.__dict__.pop("certifies_gap", None)
+        alone = problem.at(Scaled(None, 0.0, max(problem.penalty.ridge, 1e-6 * problem.lipschitz)))
         return ProximalGradient(1e-4, min(self.iterations, 2000), self.every)._from(alone, alone.zeros())[0]
 
     def _from(

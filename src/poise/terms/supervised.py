@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from poise import datafits
 from poise.coefficient import Number, Tuned
+from poise.datafits import Datafit
 from poise.errors import InputError
 from poise.objective import Term, Value
 
@@ -29,6 +31,11 @@ class CrossEntropy(Term):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target, reduction="none")
+
+    def datafit(self, target: Tensor, classes: int | None = None) -> Datafit:
+        """Return the fit that solvers with structure minimise; two classes are met with one logit, as in logistic regression."""
+        number = classes if classes is not None else int(target.max()) + 1
+        return datafits.Logistic() if number <= 2 else datafits.Multinomial(number)
 
 
 class ErrorRate(Term):
@@ -179,6 +186,10 @@ class SquaredError(Term):
         error = prediction - target
         return 0.5 * (error * error).flatten(1).sum(-1) if error.ndim > 1 else 0.5 * error * error
 
+    def datafit(self, target: Tensor, classes: int | None = None) -> Datafit:
+        """Return the fit that solvers with structure minimise."""
+        return datafits.LeastSquares()
+
 
 class LeastSquares(SquaredError):
     """The same values as `squared_error`, under the name that solvers with structure look for."""
@@ -221,3 +232,7 @@ class Huber(Term):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         loss = F.huber_loss(prediction, target, reduction="none", delta=self.delta)
         return loss.flatten(1).sum(-1) if loss.ndim > 1 else loss
+
+    def datafit(self, target: Tensor, classes: int | None = None) -> Datafit:
+        """Return the fit that solvers with structure minimise."""
+        return datafits.Huber(self.delta)
