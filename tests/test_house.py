@@ -115,7 +115,9 @@ def test_the_root_imports_no_room_but_those_that_it_is_made_of() -> None:
 
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     for path in files():
-        found = {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+        # An estimator is a subclass of scikit-learn's; nothing imports its file before the estimator is asked for.
+        allowed = {"sklearn"} if path.stem == "estimators" or path.stem.endswith("_estimator") else set()
+        found = {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY - allowed
         assert not found, f"{path.relative_to(SOURCE)} imports {found} at its top"
 
 

@@ -1,9 +1,9 @@
 """Data with known factors: what supervised dictionary learning should find, and where ordinary factorisation misleads.
 
-    filter_model       x = W h + noise,  P(y = c) from  beta' W' x + Gamma' z
-    feature_model      x = W h + noise,  P(y = c) from  beta' h + Gamma' z
-    two_bases          features from one set of images, labels from another
-    third_direction    features of large variance in two directions, the label on a third
+filter_model       x = W h + noise,  P(y = c) from  beta' W' x + Gamma' z
+feature_model      x = W h + noise,  P(y = c) from  beta' h + Gamma' z
+two_bases          features from one set of images, labels from another
+third_direction    features of large variance in two directions, the label on a third
 """
 
 from __future__ import annotations
@@ -43,7 +43,15 @@ class FactorData:
 
 
 def filter_model(
-    samples: int, features: int, rank: int, *, classes: int = 2, covariates: int = 0, noise: float = 0.5, size: float = 3.0, seed: int = 0
+    samples: int,
+    features: int,
+    rank: int,
+    *,
+    classes: int = 2,
+    covariates: int = 0,
+    noise: float = 0.5,
+    size: float = 3.0,
+    seed: int = 0,
 ) -> FactorData:
     """Draw from the filter model.
 
@@ -60,7 +68,15 @@ def filter_model(
 
 
 def feature_model(
-    samples: int, features: int, rank: int, *, classes: int = 2, covariates: int = 0, noise: float = 0.5, size: float = 3.0, seed: int = 0
+    samples: int,
+    features: int,
+    rank: int,
+    *,
+    classes: int = 2,
+    covariates: int = 0,
+    noise: float = 0.5,
+    size: float = 3.0,
+    seed: int = 0,
 ) -> FactorData:
     """Draw from the feature model; arguments as for `filter_model`."""
     return _drawn(False, samples, features, rank, classes, covariates, noise, size, seed)
@@ -71,8 +87,8 @@ def _drawn(
 ) -> FactorData:
     if min(n, p, rank) < 1 or classes < 2 or rank > min(n, p):
         raise InputError(
-            f"A factor model needs samples and features, a rank up to the smaller of them and two classes, got n = {n}, p = {p}, r = {rank}, "
-            f"{classes} classes."
+            f"A factor model needs samples and features, a rank up to the smaller of them and two classes, "
+            f"got n = {n}, p = {p}, r = {rank}, {classes} classes."
         )
     g = torch.Generator().manual_seed(seed)
     w = torch.linalg.qr(_normal(g, p, rank))[0]
@@ -150,7 +166,9 @@ def third_direction(
     scale[:2] = spread
     h = scale[:, None] * _normal(g, features, samples)
     x = u @ h
-    return FactorData(x.mT, _labels(size * h[2:3], g), None, u[:, 2:3], h[2:3], torch.full((1, 1), size, dtype=torch.float64), None)
+    return FactorData(
+        x.mT, _labels(size * h[2:3], g), None, u[:, 2:3], h[2:3], torch.full((1, 1), size, dtype=torch.float64), None
+    )
 
 
 def _labels(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """Numbers from the scores of a two-class problem: rates, F-score, area under the ROC curve, Youden's threshold.
 
-    sensitivity = TP / (TP + FN)     specificity = TN / (TN + FP)     precision = TP / (TP + FP)
-    F = (1 + b^2) precision sensitivity / (b^2 precision + sensitivity)
+sensitivity = TP / (TP + FN)     specificity = TN / (TN + FP)     precision = TP / (TP + FP)
+F = (1 + b^2) precision sensitivity / (b^2 precision + sensitivity)
 """
 
 from __future__ import annotations
@@ -113,5 +113,7 @@ def _checked(scores: Tensor, target: Tensor) -> Tensor:
         raise InputError("A binary metric needs scores that are numbers, and one is NaN.")
     truth = target == 1
     if not bool((truth | (target == 0)).all()) or not 0 < int(truth.sum()) < len(truth):
-        raise InputError(f"A binary metric needs targets 0 and 1, both of them, and they are {torch.unique(target).tolist()[:5]}.")
+        raise InputError(
+            f"A binary metric needs targets 0 and 1, both of them, and they are {torch.unique(target).tolist()[:5]}."
+        )
     return truth

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.errors import IncompatibleError, InputError, NonFiniteError, PoiseWarning
+from poise.errors import InputError, NonFiniteError, PoiseWarning
 from poise.objective import Objective
 from poise.operators import require_count
 from poise.problem import Certificate, Problem, Step
-from poise.solvers.low_rank import DenseMatrix, LowRank, Matrix, Spectrum, truncated_svd
+from poise.solvers.low_rank import DenseMatrix, LowRank, Matrix, truncated_svd
+from poise.solvers.stacked_matrix import NEEDS, Point, ProblemMatrix, SmoothMatrix, StackedObjective
 
 __all__ = ["LowRankProjectedGradient", "LowRankSolution", "Point", "SmoothMatrix", "StackedObjective"]
 
@@ -39,52 +40,6 @@ ROUGH, EXACT = 1e-9, 1e-14
 """Accuracy of the truncation, as relative rise of the kept squares, at first and where no step lowers the value."""
 QUIET = 1e-4
 """Relative fall of the value over ten steps below which polishing takes over."""
-
-
-class Point(NamedTuple):
-    """Where an objective is evaluated: the matrix of low rank, and what is not bound by rank (or None)."""
-
-    theta: LowRank
-    free: Tensor | None
-
-
-class StackedObjective(Protocol):
-    """A smooth function of a stacked matrix and of free variables, as the solver asks for it.
-
-    Attributes:
-        shape: of the matrix.
-        dtype, device: of its entries.
-        bound: an upper bound of the curvature, or None where it is not known.
-    """
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    bound: float | None
-
-    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
-        """Return where to begin."""
-        ...
-
-    def value(self, point: Point) -> float:
-        """Return the objective."""
-        ...
-
-    def stepped(self, point: Point, curvature: float) -> tuple[Matrix, Tensor | None]:
-        """Return `theta - grad / curvature` in the metric of that curvature, and the free variables after their own step."""
-        ...
-
-    def scaled(self, theta: LowRank, curvature: float, back: bool = False) -> LowRank:
-        """Return the matrix in the metric of that curvature, or back from it."""
-        ...
-
-    def corrected(self, spectrum: Spectrum, point: Point, curvature: float) -> Point:
-        """Return the point, or a better one in the same subspace. `spectrum` is that of the scaled matrix."""
-        ...
-
-    def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
-        """Return the point, or a better one of the same rank."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +97,7 @@ class LowRankProjectedGradient:
     """
 
     name = "low_rank_projected_gradient"
-    needs = frozenset({"potential", "deterministic"})
+    needs = NEEDS
 
     def __init__(
         self,
@@ -196,7 +151,8 @@ class LowRankProjectedGradient:
         rows, columns = objective.shape
         if self.rank > min(rows, columns):
             raise InputError(
-                f"{self.name}: the stacked matrix is {rows} x {columns}, so its rank is at most {min(rows, columns)}, and rank is {self.rank}."
+                f"{self.name}: the stacked matrix is {rows} x {columns}, so its rank is at most {min(rows, columns)}, "
+                f"and rank is {self.rank}."
             )
         generator = torch.Generator().manual_seed(self.seed)
         point = objective.start(self.rank, self.kind, generator) if start is None else start
@@ -243,15 +199,17 @@ class LowRankProjectedGradient:
     def step(self, problem: Problem, accept: Callable[[Step], bool] | None = None) -> Step:
         """Make one step of the search on a whole batch; the curvature goes on from the step before."""
         stacked = ProblemMatrix(problem, self.stack, self.dim)
-        found = problem.reports()
-        if accept is not None and not accept(found):
-            return Step(found.value, found.terms, skipped=True)
+        problem.reports()
+        report = problem.step
+        if accept is not None and not accept(report):
+            report.skipped = True
+            return report
         point = stacked.start(self.rank, "", torch.Generator())
         descent = _Descent(self, stacked, point, torch.Generator().manual_seed(self.seed))
         descent.advance()
         self.curvature = descent.curvature
         stacked.write(descent.point)
-        return found
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curvature that a resumed run goes on with."""
@@ -337,13 +295,22 @@ class _Descent:
         at = self.point
         if momentum:
             theta = LowRank(at.theta.left, (1 + momentum) * at.theta.right).plus(self.before.theta, -momentum)
-            free = at.free if at.free is None or self.before.free is None else at.free + momentum * (at.free - self.before.free)
+            free = (
+                at.free
+                if at.free is None or self.before.free is None
+                else at.free + momentum * (at.free - self.before.free)
+            )
             at = Point(theta, free)
         matrix, free = self.objective.stepped(at, self.curvature)
         spectrum = truncated_svd(
-            matrix, self.solver.rank, start=self.basis, generator=self.generator, dtype=self.objective.dtype, device=self.objective.device,
+            matrix,
+            self.solver.rank,
+            start=self.basis,
+            generator=self.generator,
+            dtype=self.objective.dtype,
+            device=self.objective.device,
             tolerance=self.precision,
-        )  # fmt: skip
+        )
         self.basis = spectrum.left
         found = Point(self.objective.scaled(spectrum.low_rank(), self.curvature, back=True), free)
         return self.objective.corrected(spectrum, found, self.curvature) if self.solver.correct else found
@@ -359,12 +326,11 @@ class _Descent:
 def gradient_mapping(objective: StackedObjective, point: Point, rank: int, curvature: float) -> tuple[float, float]:
     """Return `|theta - T_r(theta - grad / L)|` over `|grad(0)| / L`, and the gap between the r-th and the next singular value."""
     matrix, free = objective.stepped(point, curvature)
-    spectrum = truncated_svd(
-        matrix, rank, start=_basis(objective.scaled(point.theta, curvature)), dtype=objective.dtype, device=objective.device, tolerance=EXACT
-    )  # fmt: skip
+    start = torch.linalg.qr(objective.scaled(point.theta, curvature).left)[0]
+    spectrum = truncated_svd(matrix, rank, start=start, dtype=objective.dtype, device=objective.device, tolerance=EXACT)
     moved = spectrum.low_rank().plus(objective.scaled(point.theta, curvature), -1.0)
     # The difference of two nearly equal products loses half the digits in its Gram form, so the left sides are made orthonormal first.
-    q, r = torch.linalg.qr(moved.left)
+    r = torch.linalg.qr(moved.left)[1]
     squared = (r @ moved.right).square().sum()
     zero = Point(LowRank(0 * point.theta.left, 0 * point.theta.right), None if point.free is None else 0 * point.free)
     at_zero, free_at_zero = objective.stepped(zero, curvature)
@@ -377,167 +343,8 @@ def gradient_mapping(objective: StackedObjective, point: Point, rank: int, curva
     return math.sqrt(float(squared) / max(float(scale), torch.finfo(torch.float64).tiny)), gap
 
 
-def _basis(theta: LowRank) -> Tensor:
-    return torch.linalg.qr(theta.left)[0]
-
-
 def _squared_norm(matrix: Matrix) -> Tensor:
     if isinstance(matrix, DenseMatrix):
         return matrix.entries.square().sum()
     found: Tensor = matrix.squared_norm()  # type: ignore[attr-defined]
     return found
-
-
-# ---- any smooth function of a matrix -------------------------------------------------------------------------------------
-
-
-class SmoothMatrix:
-    """A smooth function of a matrix (and of free variables), differentiated by PyTorch.
-
-    Args:
-        function: `f(theta)` or `f(theta, free)`, 0-dim.
-        shape: of theta.
-        free: where the free variables begin, or None.
-        bound: an upper bound of the curvature, where one is known.
-        dtype: of theta.
-
-    >>> target = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> f = SmoothMatrix(lambda t: 0.5 * (t - target).square().sum(), (3, 3), bound=1.0)
-    >>> round(LowRankProjectedGradient(2).minimize_function(f).certificate.value, 4)
-    0.5
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        shape: tuple[int, int],
-        free: Tensor | None = None,
-        bound: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.function, self.shape, self.free, self.bound, self.dtype = function, shape, free, bound, dtype
-        self.device = torch.device("cpu") if free is None else free.device
-
-    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
-        """Return 0, or a random matrix."""
-        left, right = (torch.randn(*s, generator=generator) for s in ((self.shape[0], rank), (rank, self.shape[1])))
-        factor = float(kind == "random")
-        theta = LowRank(left.to(self.device, self.dtype), factor * right.to(self.device, self.dtype))
-        return Point(theta, None if self.free is None else self.free.detach().clone())
-
-    def value(self, point: Point) -> float:
-        """Return `f`."""
-        with torch.no_grad():
-            return float(self._call(point.theta.dense(), point.free))
-
-    def stepped(self, point: Point, curvature: float) -> tuple[DenseMatrix, Tensor | None]:
-        """Return `theta - grad / L`, and the free variables after the same step."""
-        theta = point.theta.dense().requires_grad_()
-        free = None if point.free is None else point.free.clone().requires_grad_()
-        with torch.enable_grad():
-            found = torch.autograd.grad(self._call(theta, free), [theta, *([] if free is None else [free])])
-        moved = None if free is None else free.detach() - found[1] / curvature
-        return DenseMatrix(theta.detach() - found[0] / curvature), moved
-
-    def scaled(self, theta: LowRank, curvature: float, back: bool = False) -> LowRank:
-        """Return the matrix as it is: one metric for all entries."""
-        return theta
-
-    def corrected(self, spectrum: Spectrum, point: Point, curvature: float) -> Point:
-        """Return the point as it is."""
-        return point
-
-    def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
-        """Return the point as it is."""
-        return point
-
-    def _call(self, theta: Tensor, free: Tensor | None) -> Tensor:
-        return self.function(theta) if free is None else self.function(theta, free)
-
-
-class ProblemMatrix(SmoothMatrix):
-    """The matrices of a model, stacked, and its other parameters as free variables.
-
-    Args:
-        problem: the step.
-        names: of the matrices; all two-dimensional parameters where it is None.
-        dim: along which they are stacked.
-
-    Raises:
-        IncompatibleError: there is no matrix, or a term is not smooth or not the same twice.
-        InputError: a name that is not there, or sides that do not fit.
-    """
-
-    def __init__(self, problem: Problem, names: Sequence[str] | None, dim: int) -> None:
-        for label, term in problem.objective.terms.items():
-            lacking = LowRankProjectedGradient.needs - term.capabilities  # type: ignore[operator]
-            if lacking or getattr(term, "smooth", True) is False or getattr(term, "formula", "") in ("l1", "mask_l1"):
-                why = f"is not {', '.join(sorted(lacking))}" if lacking else "has corners"
-                raise IncompatibleError(
-                    f"low_rank_projected_gradient needs smooth terms that are the same twice, and {label!r} {why}. Use 'adamw', "
-                    "or for penalties on single factors the block solver (poise.solvers.BlockCoordinateDescent)."
-                )
-        self.problem, self.dim = problem, dim
-        self.parameters: Mapping[str, Tensor] = problem.parameters
-        self.names = [n for n, p in self.parameters.items() if p.ndim == 2] if names is None else list(names)
-        wrong = [n for n in self.names if n not in self.parameters or self.parameters[n].ndim != 2]
-        if wrong or not self.names:
-            known = [n for n, p in self.parameters.items() if p.ndim == 2]
-            raise (InputError if wrong else IncompatibleError)(
-                f"low_rank_projected_gradient: stack names matrices of the model ({', '.join(known) or 'it has none'}), and it is {names!r}."
-            )
-        sides = {self.parameters[n].shape[1 - dim] for n in self.names}
-        if len(sides) > 1:
-            shapes = ", ".join(f"{n} {list(self.parameters[n].shape)}" for n in self.names)
-            raise InputError(f"low_rank_projected_gradient: matrices do not stack along dim {dim}: {shapes}.")
-        self.others = [n for n in self.parameters if n not in self.names]
-        stacked = self._stacked(self.parameters)
-        free = torch.cat([self.parameters[n].detach().flatten() for n in self.others]) if self.others else None
-        super().__init__(self._never, (stacked.shape[0], stacked.shape[1]), free, None, stacked.dtype)
-        self.device = stacked.device
-
-    def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
-        """Return the model's matrices, cut to rank r."""
-        stacked = self._stacked(self.parameters)
-        if rank > min(stacked.shape):
-            raise InputError(
-                f"low_rank_projected_gradient: the stacked matrix is {stacked.shape[0]} x {stacked.shape[1]}, and rank is {rank}."
-            )
-        u, s, vt = torch.linalg.svd(stacked, full_matrices=False)
-        return Point(LowRank(u[:, :rank], s[:rank, None] * vt[:rank]), self.free)
-
-    def value(self, point: Point) -> float:
-        """Return the objective there."""
-        return float(self.problem.value(at=self.named(point.theta.dense(), point.free)))
-
-    def stepped(self, point: Point, curvature: float) -> tuple[DenseMatrix, Tensor | None]:
-        """Return matrix and free variables after a gradient step."""
-        theta = point.theta.dense()
-        named = self.named(theta, point.free)
-        gradient = {n: torch.zeros_like(p) for n, p in named.items()} | dict(self.problem.gradient(at=named))
-        free = point.free
-        if free is not None:
-            free = free - torch.cat([gradient[n].flatten() for n in self.others]) / curvature
-        return DenseMatrix(theta - self._stacked(gradient) / curvature), free
-
-    def named(self, theta: Tensor, free: Tensor | None) -> dict[str, Tensor]:
-        """Return parameters by name."""
-        blocks = theta.split([self.parameters[n].shape[self.dim] for n in self.names], self.dim)
-        found = {n: b.contiguous() for n, b in zip(self.names, blocks, strict=True)}
-        if free is not None:
-            parts = free.split([self.parameters[n].numel() for n in self.others])
-            found |= {n: p.view_as(self.parameters[n]) for n, p in zip(self.others, parts, strict=True)}
-        return found
-
-    def write(self, point: Point) -> None:
-        """Move the model's parameters there."""
-        with torch.no_grad():
-            for name, value in self.named(point.theta.dense(), point.free).items():
-                self.parameters[name].copy_(value)
-
-    def _stacked(self, named: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([named[n].detach() for n in self.names], self.dim)
-
-    @staticmethod
-    def _never(*_: Tensor) -> Tensor:
-        raise NotImplementedError("a problem is asked for its own value")

@@ -28,10 +28,10 @@ from poise.errors import InputError, PoiseWarning
 from poise.operators import require_count
 from poise.penalties import soft_threshold
 from poise.problem import Certificate
-from poise.solvers.dictionary import Point
 from poise.solvers.dictionary_objective import Factors, SupervisedFactors
 from poise.solvers.low_rank import LowRank
 from poise.solvers.ridge_logistic import bound_of, curvature_of, probabilities, ridge_logistic
+from poise.solvers.stacked_matrix import Point
 
 __all__ = ["BlockCoordinateDescent", "BlockSolution", "FactorPenalty", "proximal_descent"]
 
@@ -157,7 +157,9 @@ class BlockCoordinateDescent:
         residual = run.residual()
         if residual > self.tol:
             warnings.warn(
-                f"{self.name}: {status} with relative move {residual:.3g}; {self.tol:.3g} was asked for.", PoiseWarning, stacklevel=2
+                f"{self.name}: {status} with relative move {residual:.3g}; {self.tol:.3g} was asked for.",
+                PoiseWarning,
+                stacklevel=2,
             )
         else:
             status = "converged"
@@ -246,7 +248,7 @@ class _Cycles:
         if self.solver.decay is None:
             return math.inf
         c = self.solver.max_iter * self.size if self.solver.radius is None else self.solver.radius
-        return c * (k + 1) ** -self.solver.decay / math.log(k + 2)
+        return float(c * (k + 1) ** -self.solver.decay / math.log(k + 2))
 
     def value(self) -> float:
         """F at the factors, and their penalties."""
@@ -271,7 +273,11 @@ class _Cycles:
 
     def feasible(self) -> bool | None:
         """Whether no entry is negative that must not be; None where none must not."""
-        held = [x for p, x in zip(self.solver.penalties, (self.state.w, self.state.h, self.state.beta), strict=True) if p.nonnegative]
+        held = [
+            x
+            for p, x in zip(self.solver.penalties, (self.state.w, self.state.h, self.state.beta), strict=True)
+            if p.nonnegative
+        ]
         return all(bool((x >= 0).all()) for x in held) if held else None
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
@@ -343,7 +349,13 @@ class _Cycles:
         self.state.h = self._moved(self.state.h, gradient, curvature, self.solver.penalties[1], radius, "h")
 
     def _moved(
-        self, start: Tensor, gradient: Callable[[Tensor], Tensor], curvature: float, penalty: FactorPenalty, radius: float, block: str
+        self,
+        start: Tensor,
+        gradient: Callable[[Tensor], Tensor],
+        curvature: float,
+        penalty: FactorPenalty,
+        radius: float,
+        block: str,
     ) -> Tensor:
         if curvature == 0:
             return start
@@ -392,7 +404,12 @@ class _Cycles:
         moves = []
         for x, (gradient, curvature), penalty in ((s.w, self.w_block(), first), (s.h, self.h_block(), second)):
             if curvature > 0:
-                moves.append(float((penalty.prox(x - gradient(x) / curvature, 1 / curvature) - x).norm() / x.norm().clamp_min(1e-300)))
+                moves.append(
+                    float(
+                        (penalty.prox(x - gradient(x) / curvature, 1 / curvature) - x).norm()
+                        / x.norm().clamp_min(1e-300)
+                    )
+                )
         gradient, curvature, _ = self.beta_block()
         both = torch.cat([s.beta, s.gamma])
         moved = _partly_proximal(both, gradient, curvature, third, len(s.beta), 1)
@@ -436,7 +453,12 @@ def proximal_descent(
 
 
 def _partly_proximal(
-    start: Tensor, gradient: Callable[[Tensor], Tensor], curvature: float, penalty: FactorPenalty, rows: int, iterations: int
+    start: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    curvature: float,
+    penalty: FactorPenalty,
+    rows: int,
+    iterations: int,
 ) -> Tensor:
     x = start
     for _ in range(iterations):

@@ -57,7 +57,7 @@ class Coder:
         # Without a reconstruction any label can be had for nothing; the limit of a small weight is what remains.
         self.xi, self.nu = max(xi, 1e-8), nu
         self.gram = dictionary.mT @ dictionary
-        self.inverse = torch.linalg.pinv(self.gram, hermitian=True)
+        self.inverse: Tensor = torch.linalg.pinv(self.gram, hermitian=True)
 
     def code(self, x: DataMatrix) -> Tensor:
         """Return the codes that reconstruct best, [r, m]."""
@@ -92,7 +92,11 @@ class Coder:
         away = codes - h
         a = self.beta.mT @ codes
         # xi |x - W h|^2 less its value at the best reconstruction; exact without penalties, and with them up to a constant of x.
-        squares = (codes * (self.gram @ codes)).sum(0) - 2 * (codes * cross).sum(0) if self.penalty.acts else (away * (self.gram @ away)).sum(0)
+        squares = (
+            (codes * (self.gram @ codes)).sum(0) - 2 * (codes * cross).sum(0)
+            if self.penalty.acts
+            else (away * (self.gram @ away)).sum(0)
+        )
         loss = _losses(a + offset, y) + self.nu / 2 * a.square().sum(0) + self.xi * squares
         if self.penalty.acts:
             loss = loss + self.penalty.l1 * codes.abs().sum(0) + self.penalty.l2 / 2 * codes.square().sum(0)
@@ -100,7 +104,7 @@ class Coder:
 
     def _joint(self, h: Tensor, offset: Tensor, y: Tensor) -> Tensor:
         """Newton's method in `u` [m, kappa], halved where the residual of a sample would rise."""
-        direction = self.inverse @ self.beta
+        direction: Tensor = self.inverse @ self.beta
         k = self.beta.mT @ direction
         a0, o, target = ((self.beta.mT @ h).mT, offset.mT, y.mT)
         u = torch.zeros_like(a0)

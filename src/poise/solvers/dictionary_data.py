@@ -112,7 +112,8 @@ class DataMatrix:
             block = block - self.mean[:, None]
         if self.scale is not None:
             block = block * self.scale[:, None]
-        return block * self.root[start:stop] if self.root is not None and self.missing is None else block
+        whole: Tensor = block if self.root is None or self.missing is not None else block * self.root[start:stop]
+        return whole
 
     def _sparse_sum_of_squares(self) -> Tensor:
         """`sum_ij s_i^2 w_j (x_ij - m_i)^2`, without writing the centred matrix out."""
@@ -142,14 +143,14 @@ class DataMatrix:
         n = self.shape[1]
         flat = self.raw.view(-1)
         step = max(1, _BLOCK // max(1, b.left.shape[1]))
-        for places in self.missing.split(step):
+        for places in torch.split(self.missing, step):
             flat[places] = (b.left[places // n] * b.right[:, places % n].mT).sum(1)
         self._squared = None
 
     def swap(self, values: Tensor | None) -> Tensor:
         """Put values (None for 0) at the missing entries, and return those that stood there."""
         flat = self.raw.view(-1)
-        before = flat[self.missing].clone()
+        before: Tensor = flat[self.missing].clone()
         flat[self.missing] = 0.0 if values is None else values
         self._squared = None
         return before

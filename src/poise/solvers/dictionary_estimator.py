@@ -1,8 +1,8 @@
 """Supervised dictionary learning as a scikit-learn estimator.
 
-    SupervisedDictionary(n_components=5, xi=0.1).fit(X, y, covariates=Z).predict(X_new, covariates=Z_new)
-    pareto_over_xi(SupervisedDictionary(5), X, y, X_new, y_new)         what each unit of reconstruction costs in accuracy
-    baselines(5)                                                        logistic regression, with and without a factorisation first
+SupervisedDictionary(n_components=5, xi=0.1).fit(X, y, covariates=Z).predict(X_new, covariates=Z_new)
+pareto_over_xi(SupervisedDictionary(5), X, y, X_new, y_new)         what each unit of reconstruction costs in accuracy
+dictionary_baselines(5)                                                        logistic regression, with and without a factorisation first
 """
 
 from __future__ import annotations
@@ -15,24 +15,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
+from sklearn.metrics import roc_curve
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, check_random_state, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_array,
+    check_is_fitted,
+    check_random_state,
+    validate_data,
+)
 from torch import Tensor
 
 from poise.errors import InputError, PoiseWarning
-from poise.metrics.binary import youden_threshold
 from poise.pareto_fronts import nondominated
 from poise.problem import Certificate
-from poise.solvers.dictionary import LowRankProjectedGradient, LowRankSolution, Point
+from poise.solvers.dictionary import LowRankProjectedGradient, LowRankSolution
 from poise.solvers.dictionary_blocks import BlockCoordinateDescent, FactorPenalty
-from poise.solvers.dictionary_coder import Coder, Coding
+from poise.solvers.dictionary_coder import Coder
 from poise.solvers.dictionary_data import DataMatrix
 from poise.solvers.dictionary_objective import Factors, GlobalBound, SupervisedFactors
 from poise.solvers.low_rank import LowRank
+from poise.solvers.stacked_matrix import Point
 
-__all__ = ["OptimalityReport", "ParetoPoint", "SupervisedDictionary", "baselines", "pareto_over_xi"]
+__all__ = ["OptimalityReport", "ParetoPoint", "SupervisedDictionary", "dictionary_baselines", "pareto_over_xi"]
 
 METHODS = ("filter", "naive", "alternating", "exhaustive")
 
@@ -56,7 +62,7 @@ class OptimalityReport:
     bound: GlobalBound | None
 
 
-class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):
     """One dictionary that reconstructs features and predicts labels, with covariates that enter the classifier alone.
 
         min  sum_s w_s l(y_s, a_s) + xi |X - W H|^2 + nu/2 (|A|^2 + |Gamma|^2)
@@ -179,7 +185,9 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         weights = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise InputError(f"SupervisedDictionary: y has 1 class only, {self.classes_[0]!r}; a classifier needs two at least.")
+            raise InputError(
+                f"SupervisedDictionary: y has 1 class only, {self.classes_[0]!r}; a classifier needs two at least."
+            )
         z = self._covariates(covariates, X, fitting=True)
         every = X
         kept = weights > 0
@@ -210,8 +218,8 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         method = self._method()
         if (method == "filter") != (self.variant == "filter"):
             raise InputError(
-                f"SupervisedDictionary: the {self.variant} variant does not predict by {self.prediction!r}. Use 'filter' for the filter variant, "
-                "'naive', 'alternating' or 'exhaustive' for the feature variant."
+                f"SupervisedDictionary: the {self.variant} variant does not predict by {self.prediction!r}. "
+                "Use 'filter' for the filter variant, 'naive', 'alternating' or 'exhaustive' for the feature variant."
             )
         if isinstance(self.xi, str) and self.xi != "noise":
             raise InputError(f"SupervisedDictionary: xi is a number or 'noise', and it is {self.xi!r}.")
@@ -219,9 +227,13 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         if error is not None and not 0 < error < 1:
             raise InputError(f"SupervisedDictionary: reconstruction_error lies between 0 and 1, and it is {error}.")
         if isinstance(self.threshold, str) and self.threshold != "youden":
-            raise InputError(f"SupervisedDictionary: threshold is None, 'youden' or a number, and it is {self.threshold!r}.")
+            raise InputError(
+                f"SupervisedDictionary: threshold is None, 'youden' or a number, and it is {self.threshold!r}."
+            )
         if not (isinstance(self.n_starts, int) and self.n_starts >= 1):
-            raise InputError(f"SupervisedDictionary: n_starts is an integer of at least 1, and it is {self.n_starts!r}.")
+            raise InputError(
+                f"SupervisedDictionary: n_starts is an integer of at least 1, and it is {self.n_starts!r}."
+            )
 
     def _check_rank(self, X: Any) -> None:
         n, p = X.shape
@@ -230,28 +242,36 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         most = min(p, n) if blocks else min(p, n + kappa) if self.variant == "filter" else min(p + kappa, n)
         if isinstance(r, bool) or not isinstance(r, (int, np.integer)) or not 1 <= r <= most:
             raise InputError(
-                f"SupervisedDictionary: n_components is an integer from 1 to {most} for n_samples = {n}, n_features = {p} and {kappa + 1} classes "
-                f"in the {self.variant} variant, and it is {r!r}."
+                f"SupervisedDictionary: n_components is an integer from 1 to {most} for n_samples = {n}, n_features = {p} "
+                f"and {kappa + 1} classes in the {self.variant} variant, and it is {r!r}."
             )
 
     def _covariates(self, covariates: Any, X: Any, fitting: bool = False) -> Any:
         n = X.shape[0]
-        z = np.zeros((n, 0), X.dtype) if covariates is None else check_array(covariates, dtype=X.dtype, ensure_min_features=0)
+        z = (
+            np.zeros((n, 0), X.dtype)
+            if covariates is None
+            else check_array(covariates, dtype=X.dtype, ensure_min_features=0)
+        )
         if len(z) != n:
-            raise InputError(f"SupervisedDictionary: X has {n} samples and covariates {len(z)}; they need one row for each sample.")
+            raise InputError(
+                f"SupervisedDictionary: X has {n} samples and covariates {len(z)}; they need one row for each sample."
+            )
         if fitting:
             self.n_covariates_in_ = z.shape[1]
         elif z.shape[1] != self.n_covariates_in_:
             raise InputError(
-                f"SupervisedDictionary: it was fitted with {self.n_covariates_in_} covariates, and there are {z.shape[1]}. Give predict the same "
-                "columns as fit."
+                f"SupervisedDictionary: it was fitted with {self.n_covariates_in_} covariates, and there are {z.shape[1]}. "
+                "Give predict the same columns as fit."
             )
         return np.concatenate([np.ones((n, int(self.fit_intercept)), X.dtype), z], 1)
 
     def _penalties(self) -> tuple[FactorPenalty, FactorPenalty, FactorPenalty]:
         w, h = (self.nonneg, self.nonneg) if isinstance(self.nonneg, bool) else self.nonneg
         if len(self.l1) != 3 or len(self.l2) != 3:
-            raise InputError(f"SupervisedDictionary: l1 and l2 are for W, H and beta, three numbers, and they are {self.l1} and {self.l2}.")
+            raise InputError(
+                f"SupervisedDictionary: l1 and l2 are for W, H and beta, three numbers, and they are {self.l1} and {self.l2}."
+            )
         found = [FactorPenalty(a, b, bool(c)) for a, b, c in zip(self.l1, self.l2, (w, h, False), strict=True)]
         return found[0], found[1], found[2]
 
@@ -260,25 +280,31 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
 
     def _matrix(self, X: Any, weights: Tensor) -> DataMatrix:
         """Centre and scale by products; keep what predictions need."""
-        is_sparse, p = sparse.issparse(X), X.shape[1]
+        is_sparse, p = _is_sparse(X), X.shape[1]
         held = self._penalties()[:2]
-        center = self.center is True or (self.center == "auto" and not is_sparse and not any(h.nonnegative for h in held))
+        center = self.center is True or (
+            self.center == "auto" and not is_sparse and not any(h.nonnegative for h in held)
+        )
         self.mean_ = self.scale_ = None
         if center or self.standardize:
             mean, variance = _moments(X, weights.numpy())
             if np.isnan(mean).any():
-                raise InputError(f"SupervisedDictionary: feature {int(np.isnan(mean).argmax())} is missing in every sample; drop it.")
+                raise InputError(
+                    f"SupervisedDictionary: feature {int(np.isnan(mean).argmax())} is missing in every sample; drop it."
+                )
             self.mean_ = mean.astype(X.dtype) if center else None
             if self.standardize:
                 deviation = np.sqrt(variance)
                 # A feature that does not vary has nothing to scale.
-                self.scale_ = (1.0 / np.where(deviation > 1e-12 * max(1.0, float(np.abs(mean).max())), deviation, 1.0)).astype(X.dtype)
+                self.scale_ = (
+                    1.0 / np.where(deviation > 1e-12 * max(1.0, float(np.abs(mean).max())), deviation, 1.0)
+                ).astype(X.dtype)
         root = None if bool((weights == 1).all()) else weights.sqrt()
         assert p == X.shape[1]
         return self._seen(X, root)
 
     def _seen(self, X: Any, root: Tensor | None = None) -> DataMatrix:
-        raw = X.T if sparse.issparse(X) else torch.from_numpy(_writable(X)).mT
+        raw = X.T if _is_sparse(X) else torch.from_numpy(_writable(X)).mT
         mean, scale = (None if v is None else torch.from_numpy(v) for v in (self.mean_, self.scale_))
         return DataMatrix(raw, mean, scale, root)
 
@@ -292,7 +318,9 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         elif isinstance(self.class_weight, dict):
             each = np.array([self.class_weight.get(c, 1.0) for c in self.classes_], dtype=np.float64)
         else:
-            raise InputError(f"SupervisedDictionary: class_weight is None, 'balanced' or a dictionary, and it is {self.class_weight!r}.")
+            raise InputError(
+                f"SupervisedDictionary: class_weight is None, 'balanced' or a dictionary, and it is {self.class_weight!r}."
+            )
         return each[labels].astype(weights.dtype)
 
     # ---- how xi is set -----------------------------------------------------------------------------------------------
@@ -327,8 +355,8 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
             low, high = high, 4 * high
             if high > 1e9 * max(1.0, arguments["weights"].max().item()):
                 raise InputError(
-                    f"SupervisedDictionary: {self.n_components} components reach a relative reconstruction error of {best.error:.4g} at best, and "
-                    f"{error:.4g} was asked for. Take more components, or allow more error."
+                    f"SupervisedDictionary: {self.n_components} components reach a relative reconstruction error of {best.error:.4g} "
+                    f"at best, and {error:.4g} was asked for. Take more components, or allow more error."
                 )
         for _ in range(60):
             assert best is not None
@@ -354,8 +382,8 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
             blocks = self.solver == "bcd" or self._penalised()
             if blocks and self.solver == "lpgd":
                 warnings.warn(
-                    "SupervisedDictionary: constraints and penalties on single factors have no lifted form, so the blocks of 'bcd' solve this. "
-                    "Say solver='bcd' to ask for them.",
+                    "SupervisedDictionary: constraints and penalties on single factors have no lifted form, "
+                    "so the blocks of 'bcd' solve this. Say solver='bcd' to ask for them.",
                     PoiseWarning,
                     stacklevel=4,
                 )
@@ -374,7 +402,9 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
             solutions.append(solver.minimize_function(objective, start if i == 0 else None))
         solutions.sort(key=lambda s: s.certificate.value)
         best = solutions[0]
-        report = self._report(best.certificate, [s.certificate.value for s in solutions], best.gap, objective, best.point)
+        report = self._report(
+            best.certificate, [s.certificate.value for s in solutions], best.gap, objective, best.point
+        )
         return _Fit(objective, best.point, objective.factors(best.theta, best.point.free), report, best.point)  # type: ignore[arg-type]
 
     def _by_blocks(self, objective: SupervisedFactors, start: Any, count: int) -> _Fit:
@@ -398,7 +428,12 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         return _Fit(objective, point, f, report, f)
 
     def _report(
-        self, certificate: Certificate, values: list[float], gap: float | None, objective: SupervisedFactors, point: Point
+        self,
+        certificate: Certificate,
+        values: list[float],
+        gap: float | None,
+        objective: SupervisedFactors,
+        point: Point,
     ) -> OptimalityReport:
         spread = (max(values) - min(values)) / max(abs(min(values)), 1e-300)
         bound = None if self._penalised() else objective.global_bound(point)
@@ -432,10 +467,13 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         if self.threshold is None:
             return
         if len(self.classes_) != 2:
-            raise InputError(f"SupervisedDictionary: a threshold is for two classes, and there are {len(self.classes_)}.")
+            raise InputError(
+                f"SupervisedDictionary: a threshold is for two classes, and there are {len(self.classes_)}."
+            )
         if self.threshold == "youden":
             scores = _probabilities(self._scores(X, z))[:, 1]
-            self.threshold_ = youden_threshold(torch.from_numpy(scores), torch.from_numpy(labels), torch.from_numpy(weights))
+            false, true, thresholds = roc_curve(labels, scores, sample_weight=weights)
+            self.threshold_ = float(thresholds[(true - false).argmax()])
         else:
             self.threshold_ = float(self.threshold)
         # A threshold of 0 or 1 has no finite logit.
@@ -459,7 +497,9 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
 
     def _scores(self, X: Any, z: Any, method: str | None = None) -> Any:
         method = self._method() if method is None else method
-        gamma = torch.from_numpy(np.concatenate([self.intercept_[:, None]] * int(self.fit_intercept) + [self.covariate_coef_], 1))
+        gamma = torch.from_numpy(
+            np.concatenate([self.intercept_[:, None]] * int(self.fit_intercept) + [self.covariate_coef_], 1)
+        )
         offset = gamma @ torch.from_numpy(z.astype(self.components_.dtype, copy=False).T.copy())
         matrix, coder = self._seen(X), self._coder()
         if method == "filter":
@@ -538,6 +578,10 @@ class _Fit:
         return self.objective.relative_error(self.point)
 
 
+def _is_sparse(X: Any) -> bool:
+    return hasattr(X, "tocoo")
+
+
 def _writable(X: Any) -> Any:
     # PyTorch warns of arrays that it could write to and must not; nothing here writes.
     return X if X.flags.writeable else X.copy()
@@ -545,7 +589,7 @@ def _writable(X: Any) -> Any:
 
 def _moments(X: Any, weights: Any) -> tuple[Any, Any]:
     total = weights.sum(dtype=np.float64)
-    if sparse.issparse(X):
+    if _is_sparse(X):
         mean = (X.T @ weights.astype(np.float64)) / total
         square = (X.multiply(X).T @ weights.astype(np.float64)) / total
         return mean, np.maximum(square - mean**2, 0.0)
@@ -617,7 +661,9 @@ def pareto_over_xi(
     rows = []
     for xi in grid:
         fitted = clone(model).set_params(xi=xi).fit(X, y, covariates=covariates)
-        rows.append((xi, fitted.score(X_test, y_test, covariates=covariates_test), fitted.relative_error(X_test), fitted))
+        rows.append(
+            (xi, fitted.score(X_test, y_test, covariates=covariates_test), fitted.relative_error(X_test), fitted)
+        )
     best = nondominated([[accuracy, -error] for _, accuracy, error, _ in rows]).tolist()
     points = []
     for i, (xi, accuracy, error, fitted) in enumerate(rows):
@@ -627,7 +673,7 @@ def pareto_over_xi(
     return points
 
 
-def baselines(n_components: int, random_state: int = 0) -> dict[str, Any]:
+def dictionary_baselines(n_components: int, random_state: int = 0) -> dict[str, Any]:
     """Return classifiers to compare with: logistic regression alone and after a factorisation that knows no labels, and naive Bayes.
 
     "logistic", "svd_logistic", "pca_logistic", "nmf_logistic" (data that are not negative), "naive_bayes".

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, PoiseWarning
-from poise.solvers.dictionary import Point
 from poise.solvers.dictionary_data import DataMatrix
-from poise.solvers.low_rank import LowRank, Spectrum, truncated_svd
+from poise.solvers.low_rank import LowRank, SingularTriplets, truncated_svd
 from poise.solvers.ridge_logistic import bound_of, curvature_of, multinomial_loss, probabilities, ridge_logistic
+from poise.solvers.stacked_matrix import Point
 
 __all__ = ["Factors", "GlobalBound", "SupervisedFactors"]
 
@@ -119,7 +119,8 @@ class SupervisedFactors:
             covariates = torch.zeros(0, n)
         if covariates.ndim != 2 or covariates.shape[1] != n or not bool(torch.isfinite(covariates).all()):
             raise InputError(
-                f"SupervisedFactors: covariates are finite numbers [q, {n}], one column for each sample, and they are {list(covariates.shape)}."
+                f"SupervisedFactors: covariates are finite numbers [q, {n}], one column for each sample, "
+                f"and they are {list(covariates.shape)}."
             )
         self.z = covariates.to(self.device, self.dtype)
         weights = torch.ones(n) if weights is None else weights
@@ -250,12 +251,12 @@ class SupervisedFactors:
         theta = LowRank(left, size * right)
         return Point(theta, 0.1 * self._random((len(self.z), self.kappa), generator))
 
-    def _widened(self, found: Spectrum, rank: int, generator: torch.Generator) -> Spectrum:
+    def _widened(self, found: SingularTriplets, rank: int, generator: torch.Generator) -> SingularTriplets:
         """A basis of more columns than X has rank: only covers `r` up to `n + kappa` (or `p + kappa`)."""
         basis = found.left if self.filters else found.right.mT
         more = self._random((basis.shape[0], rank - basis.shape[1]), generator)
         basis = torch.linalg.qr(torch.cat([basis, more], 1))[0]
-        return Spectrum(basis, found.values, basis.mT, 0.0)
+        return SingularTriplets(basis, found.values, basis.mT, 0.0)
 
     def _random(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
@@ -279,7 +280,7 @@ class SupervisedFactors:
         found = ridge_logistic(inputs, self.y, self.weights, self.nu, start)
         return found[: len(features)], found[len(features) :]
 
-    def corrected(self, spectrum: Spectrum, point: Point, curvature: float) -> Point:
+    def corrected(self, spectrum: SingularTriplets, point: Point, curvature: float) -> Point:
         """Return the best point in the column or row space that a step found."""
         a, b = self.blocks(point.theta)
         self.data.fill(b)
@@ -455,11 +456,15 @@ def _polish(objective: SupervisedFactors, point: Point, tolerance: float, iterat
             raise _Reached
         return torch.tensor(value, dtype=torch.float64)
 
-    optimizer = torch.optim.LBFGS(
-        [w], max_iter=iterations, max_eval=2 * iterations, history_size=15, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
-    )  # fmt: skip
+    limits: dict[str, Any] = {
+        "max_iter": iterations,
+        "max_eval": 2 * iterations,
+        "tolerance_grad": 0.0,
+        "tolerance_change": 0.0,
+    }
+    optimizer = torch.optim.LBFGS([w], history_size=15, line_search_fn="strong_wolfe", **limits)
     with contextlib.suppress(_Reached):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     found: Point = best["point"]
     return found
 
@@ -481,9 +486,13 @@ def _check(y: Tensor, n: int, xi: float, nu: float, variant: str, scale: str | N
             f"SupervisedFactors: all samples have class {int(y[0])}; a classifier needs two classes at least."
         )
     if weights is not None and (
-        weights.shape != (n,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()) or not float(weights.sum()) > 0
+        weights.shape != (n,)
+        or not bool((torch.isfinite(weights) & (weights >= 0)).all())
+        or not float(weights.sum()) > 0
     ):
-        raise InputError(f"SupervisedFactors: weights are finite, not below 0, not all 0, [{n}], and they are {list(weights.shape)}.")
+        raise InputError(
+            f"SupervisedFactors: weights are finite, not below 0, not all 0, [{n}], and they are {list(weights.shape)}."
+        )
     if xi == 0:
         warnings.warn(
             "SupervisedFactors: xi is 0, so nothing holds the dictionary to the data: this is logistic regression of low rank.",

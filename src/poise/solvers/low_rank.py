@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseMatrix", "LowRank", "Matrix", "Spectrum", "truncated_svd"]
+__all__ = ["DenseMatrix", "LowRank", "Matrix", "SingularTriplets", "truncated_svd"]
 
 OVERSAMPLING = 8
 EXACT = 40_000
@@ -97,7 +97,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SingularTriplets:
     """The leading part of a singular value decomposition.
 
     Attributes:
@@ -125,7 +125,7 @@ def truncated_svd(
     device: torch.device | str = "cpu",
     tolerance: float = 1e-9,
     powers: int = 30,
-) -> Spectrum:
+) -> SingularTriplets:
     """Return the `rank` leading singular triplets of a matrix that is known by its products.
 
         Q <- orth(M (M' Q))   until the sum of the r leading squared singular values rises by less than a tolerance,
@@ -153,10 +153,12 @@ def truncated_svd(
         else:
             dense = matrix.transposed_times(torch.eye(rows, dtype=dtype, device=device)).mT
         u, s, vt = torch.linalg.svd(dense, full_matrices=False)
-        return Spectrum(u[:, :rank], s[:rank], vt[:rank], float(s[rank]) if len(s) > rank else 0.0)
+        return SingularTriplets(u[:, :rank], s[:rank], vt[:rank], float(s[rank]) if len(s) > rank else 0.0)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     known = None if start is None else start[:, :width]
-    fresh = torch.randn(rows, width - (0 if known is None else known.shape[1]), generator=generator, dtype=torch.float64)
+    fresh = torch.randn(
+        rows, width - (0 if known is None else known.shape[1]), generator=generator, dtype=torch.float64
+    )
     fresh = fresh.to(device=device, dtype=dtype)
     q = _orthonormal(fresh if known is None else torch.cat([known, fresh], 1))
     energy = -1.0
@@ -169,8 +171,9 @@ def truncated_svd(
             break
         energy = leading
     v, s, ut = torch.linalg.svd(z, full_matrices=False)
-    return Spectrum(q @ ut.mT[:, :rank], s[:rank], v.mT[:rank], float(s[rank]))
+    return SingularTriplets(q @ ut.mT[:, :rank], s[:rank], v.mT[:rank], float(s[rank]))
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    return torch.linalg.qr(x)[0]
+    q: Tensor = torch.linalg.qr(x)[0]
+    return q

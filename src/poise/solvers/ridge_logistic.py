@@ -126,7 +126,9 @@ class _Newton:
         factor, failed = torch.linalg.cholesky_ex(whole)
         right = gradient.mT.reshape(size, 1)
         if int(failed):
-            whole = whole + torch.finfo(x.dtype).eps * whole.diagonal().sum() * torch.eye(size, dtype=x.dtype, device=x.device)
+            whole = whole + torch.finfo(x.dtype).eps * whole.diagonal().sum() * torch.eye(
+                size, dtype=x.dtype, device=x.device
+            )
             factor = torch.linalg.cholesky_ex(whole)[0]
         return torch.cholesky_solve(right, factor).view(kappa, d).mT
 
@@ -172,7 +174,9 @@ def curvature_of(data: DataMatrix, z: Tensor, weights: Tensor, filters: bool) ->
 
 
 def _top(size: int, product: object, data: DataMatrix, iterations: int = 50) -> float:
-    v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(data.device, data.dtype)
+    v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        data.device, data.dtype
+    )
     found = 0.0
     for _ in range(iterations):
         v = v / v.norm().clamp_min(1e-300)
