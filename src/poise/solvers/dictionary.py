@@ -158,7 +158,7 @@ class LowRankProjectedGradient:
         point = objective.start(self.rank, self.kind, generator) if start is None else start
         descent = _Descent(self, objective, point, generator)
         descent.run()
-        if self.polish:
+        if descent.polishes:
             descent.take(objective.polished(descent.point, self.tol, self.max_iter))
         return self._judged(objective, descent)
 
@@ -232,6 +232,7 @@ class _Descent:
         if not math.isfinite(first):
             raise NonFiniteError(f"{solver.name}: the objective is {first} at the start; it must be finite.")
         self.history = [first]
+        self.polishes = solver.polish and objective.polishes
         self.pace, self.precision = 1.0, ROUGH
         self.basis: Tensor | None = None
         self.status = f"stopped after {solver.max_iter} steps"
@@ -245,7 +246,7 @@ class _Descent:
 
     def run(self) -> None:
         """Step until the value stands still or the limit is reached."""
-        quiet = QUIET if self.solver.polish else self.solver.tol * 1e-6
+        quiet = QUIET if self.polishes else self.solver.tol * 1e-6
         for done in range(1, self.solver.max_iter + 1):
             if not self.advance():
                 self.status = f"no step lowers the value after {done} steps"
@@ -260,9 +261,13 @@ class _Descent:
         if self.solver.momentum:
             pace = (1.0 + math.sqrt(1.0 + 4.0 * self.pace**2)) / 2.0
             momentum, self.pace = (self.pace - 1.0) / pace, pace
+        before = self.curvature
         for _ in range(60):
-            found = self._trial(momentum)
+            found, ceiling = self._trial(momentum)
             value = self.objective.value(found)
+            if self.searches and value > ceiling:
+                self.curvature *= GROWTH
+                continue
             if not self.searches and not self.solver.momentum:
                 break
             if value <= self.history[-1]:
@@ -280,6 +285,8 @@ class _Descent:
             else:
                 break
         else:
+            # Rounding, not curvature, refuses a step this short.
+            self.curvature = before
             return False
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -291,7 +298,8 @@ class _Descent:
             self.curvature *= DECAY
         return True
 
-    def _trial(self, momentum: float) -> Point:
+    def _trial(self, momentum: float) -> tuple[Point, float]:
+        """Return where a step leads, and the value that a sufficient curvature would not exceed there (infinite: not asked)."""
         at = self.point
         if momentum:
             theta = LowRank(at.theta.left, (1 + momentum) * at.theta.right).plus(self.before.theta, -momentum)
@@ -313,7 +321,18 @@ class _Descent:
         )
         self.basis = spectrum.left
         found = Point(self.objective.scaled(spectrum.low_rank(), self.curvature, back=True), free)
-        return self.objective.corrected(spectrum, found, self.curvature) if self.solver.correct else found
+        if self.searches and isinstance(matrix, DenseMatrix):
+            return found, self._ceiling(at, matrix, found)
+        return (self.objective.corrected(spectrum, found, self.curvature) if self.solver.correct else found), math.inf
+
+    def _ceiling(self, at: Point, matrix: DenseMatrix, found: Point) -> float:
+        """`f(y) + <grad, x - y> + L/2 |x - y|^2 = f(y) + L/2 (|x - s|^2 - |y - s|^2)` with `s = y - grad / L`."""
+        s = matrix.entries
+        away = (found.theta.dense() - s).double().square().sum() - (at.theta.dense() - s).double().square().sum()
+        if at.free is not None and found.free is not None:
+            away = away - (found.free - at.free).double().square().sum()
+        value = self.objective.value(at)
+        return value + self.curvature / 2 * float(away) + 64 * torch.finfo(self.objective.dtype).eps * abs(value)
 
     def take(self, point: Point) -> None:
         """Go on from a point that is no worse."""

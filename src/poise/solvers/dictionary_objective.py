@@ -207,8 +207,11 @@ class SupervisedFactors:
         if self._bound is None:
             top = curvature_of(self.data, self.z, self.weights, self.filters)
             self._z_ratio = top.ratio
-            own = bound_of(self.kappa) * top.joint * top.main + self.nu
-            self._bound = own if self.scale == "auto" else max(own, 2 * self.xi)
+            scaled = self.scale == "auto"
+            # One step for everything must suit Gamma too; where A is scaled Gamma has a step of its own.
+            main = top.main if scaled else top.main * max(1.0, top.ratio)
+            own = bound_of(self.kappa) * top.joint * main + self.nu
+            self._bound = own if scaled else max(own, 2 * self.xi)
         return self._bound
 
     def factor(self, curvature: float) -> float:
@@ -231,9 +234,10 @@ class SupervisedFactors:
         gamma = self._free(point)
         self.data.fill(b)
         in_a, in_gamma = self.gradients(a, gamma)
-        _ = self.bound
-        share = 1.0 if self.scale == "auto" else 2 * self.xi / curvature
-        pace = curvature * (self._z_ratio if self.scale == "auto" else 1.0)
+        share, pace = 2 * self.xi / curvature, curvature
+        if self.scale == "auto":
+            _ = self.bound
+            share, pace = 1.0, max(curvature - self.nu, 0.1 * curvature) * self._z_ratio + self.nu
         moved = self.factor(curvature) * (a - in_a / curvature)
         return _Stepped(self, moved, b, share), gamma - in_gamma / pace
 
@@ -291,10 +295,13 @@ class SupervisedFactors:
 
     # ---- quasi-Newton steps on the subspace --------------------------------------------------------------------------
 
+    @property
+    def polishes(self) -> bool:
+        """Whether everything but the shared space can be eliminated: no entry is missing, and the reconstruction counts."""
+        return self.data.missing is None and self.xi > 0
+
     def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
         """Return a better point of the same rank: quasi-Newton steps on the shared space, everything else eliminated."""
-        if self.data.missing is not None or self.xi == 0:
-            return point
         return _polish(self, point, tolerance, iterations)
 
     def reduced(self, basis: Tensor, start: Tensor | None) -> tuple[float, Tensor, Point]:

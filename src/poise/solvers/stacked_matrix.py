@@ -40,6 +40,11 @@ class StackedObjective(Protocol):
     device: torch.device
 
     @property
+    def polishes(self) -> bool:
+        """Whether the objective has a faster way to the end once it is near."""
+        ...
+
+    @property
     def bound(self) -> float | None:
         """An upper bound of the curvature, or None where it is not known."""
         ...
@@ -65,7 +70,7 @@ class StackedObjective(Protocol):
         ...
 
     def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
-        """Return the point, or a better one of the same rank."""
+        """Return the point, or a better one of the same rank; asked for where `polishes` is true."""
         ...
 
 
@@ -135,6 +140,11 @@ class SmoothMatrix:
     def polished(self, point: Point, tolerance: float, iterations: int) -> Point:
         """Return the point as it is."""
         return point
+
+    @property
+    def polishes(self) -> bool:
+        """No: nothing is known of the function."""
+        return False
 
     def _call(self, theta: Tensor, free: Tensor | None) -> Tensor:
         return self.function(theta) if free is None else self.function(theta, free)
