@@ -41,7 +41,9 @@ def _one_thread():  # type: ignore[no-untyped-def]
     torch.set_num_threads(before)
 
 
-def problem(variant: str = "filter", xi: float = 0.1, nu: float = 0.3, n: int = 60, p: int = 12, classes: int = 2, **options):  # type: ignore[no-untyped-def]
+def problem(
+    variant: str = "filter", xi: float = 0.1, nu: float = 0.3, n: int = 60, p: int = 12, classes: int = 2, **options
+):  # type: ignore[no-untyped-def]
     data = filter_model(n, p, 3, classes=classes, covariates=2, seed=1)
     z = torch.cat([torch.ones(1, n, dtype=torch.float64), data.covariates.mT])  # type: ignore[union-attr]
     return SupervisedFactors(data.x.mT, data.y, xi=xi, nu=nu, variant=variant, covariates=z, **options)
@@ -167,9 +169,7 @@ def test_a_large_weight_gives_the_truncated_decomposition_of_the_data(variant: s
 def test_exchanging_two_classes_changes_the_sign_alone(variant: str) -> None:
     data = filter_model(60, 12, 3, seed=1)
     z = torch.ones(1, 60, dtype=torch.float64)
-    one, other = (
-        SupervisedFactors(data.x.mT, y, xi=0.1, variant=variant, covariates=z) for y in (data.y, 1 - data.y)
-    )
+    one, other = (SupervisedFactors(data.x.mT, y, xi=0.1, variant=variant, covariates=z) for y in (data.y, 1 - data.y))
     first, second = solve(one, tol=1e-7), solve(other, tol=1e-7)
     assert first.certificate.value == pytest.approx(second.certificate.value, rel=1e-10)
     torch.testing.assert_close(one.blocks(first.theta)[0], -other.blocks(second.theta)[0], atol=1e-5, rtol=1e-4)
@@ -411,7 +411,9 @@ def test_the_exhaustive_label_has_the_least_loss_and_both_ways_of_coding_agree()
         full = torch.cat([torch.zeros_like(a), a + offset]).logsumexp(0) - (y * (a + offset)).sum(0)
         assert bool((full + o.nu / 2 * a.square().sum(0) + o.xi * (away * (free.gram @ away)).sum(0) >= loss).all())
     scores = free.predict(o.data, offset, "exhaustive").scores
-    losses = torch.stack([free.joint_code(cross, h, offset, y)[1] for y in (torch.zeros_like(o.y), torch.ones_like(o.y))])
+    losses = torch.stack(
+        [free.joint_code(cross, h, offset, y)[1] for y in (torch.zeros_like(o.y), torch.ones_like(o.y))]
+    )
     assert torch.equal(scores.argmax(0), losses.argmin(0))
 
 
@@ -451,7 +453,16 @@ def test_it_steps_inside_fit_and_its_state_survives() -> None:
     y = x @ torch.randn(6, 1, generator=g) @ torch.randn(1, 4, generator=g)
     model = nn.Linear(6, 4)
     solver = LowRankProjectedGradient(1)
-    run = poise.fit(model, "squared_error", {"input": x, "target": y}, solver=solver, readout=Regression(), epochs=30, batch_size=40, device="cpu")
+    run = poise.fit(
+        model,
+        "squared_error",
+        {"input": x, "target": y},
+        solver=solver,
+        readout=Regression(),
+        epochs=30,
+        batch_size=40,
+        device="cpu",
+    )
     assert run is not None
     assert int(torch.linalg.matrix_rank(model.weight.detach(), rtol=1e-4)) == 1
     assert float((model(x) - y).square().mean()) < 0.05 * float(y.square().mean())
@@ -507,7 +518,12 @@ def test_a_rank_beyond_the_stacked_matrix_is_refused() -> None:
 
 def test_penalties_on_factors_are_not_for_the_lifted_solver() -> None:
     model = nn.Linear(3, 2)
-    task = Problem(model, poise.parse("squared_error + 0.1*l1"), [{"main": {"input": torch.randn(5, 3), "target": torch.randn(5, 2)}}], Regression())
+    task = Problem(
+        model,
+        poise.parse("squared_error + 0.1*l1"),
+        [{"main": {"input": torch.randn(5, 3), "target": torch.randn(5, 2)}}],
+        Regression(),
+    )
     with pytest.raises(IncompatibleError, match=r"'l1' has corners.*block solver"):
         LowRankProjectedGradient(1).minimize(task)
 

@@ -106,25 +106,26 @@ def _drawn(
 
 def two_bases(
     images: Tensor, labels: Tensor, *, samples: int = 500, features_from: tuple[int, ...] = (2, 5), labels_from: tuple[int, ...] = (4, 7),
-    each: int = 10, noise: float = 0.5, size: float = 3.0, seed: int = 0,
+    each: int = 10, noise: float = 0.5, seed: int = 0,
 ) -> FactorData:  # fmt: skip
     """Features from images of some classes, labels from those of others: the paper's semi-synthetic study.
 
         x = W_x h + noise,   W_x `each` images of every class in `features_from`,   h uniform
-        P(y = 1) from the centred  beta' W_y' x,   W_y images of `labels_from`
+        P(y = 1) from the centred  beta' W_y' W_x h,   W_y images of `labels_from`, beta 1 for the first class and -1 for the second
 
     Args:
         images: float [m, p].
         labels: int64 [m].
         samples: n.
-        features_from, labels_from: classes.
+        features_from, labels_from: classes; two of the latter.
         each: images of a class.
         noise: standard deviation.
-        size: standard deviation of the logits.
         seed: of everything.
 
-    Source: arXiv:2206.06774, section on semi-synthetic MNIST; the size of the logits is chosen here.
+    Source: arXiv:2206.06774, section on semi-synthetic MNIST, and the authors' generator.
     """
+    if len(labels_from) != 2:
+        raise InputError(f"two_bases: labels come from two classes, and labels_from is {labels_from}.")
     g = torch.Generator().manual_seed(seed)
     images = images.double()
 
@@ -139,11 +140,13 @@ def two_bases(
 
     w, other = basis(features_from), basis(labels_from)
     h = torch.rand(w.shape[1], samples, generator=g, dtype=torch.float64)
-    x = w @ h + noise * _normal(g, w.shape[0], samples)
-    beta = _normal(g, other.shape[1], 1)
-    logits = beta.mT @ other.mT @ x
-    logits = size * (logits - logits.mean()) / logits.std()
-    return FactorData(x.mT, _labels(logits, g), None, w, h, beta, None)
+    signal = w @ h
+    beta = torch.ones(other.shape[1], 1, dtype=torch.float64)
+    beta[each:] = -1.0
+    logits = beta.mT @ (other.mT @ signal)
+    y = _labels(logits - logits.mean(), g)
+    x = signal + noise * _normal(g, w.shape[0], samples)
+    return FactorData(x.mT, y, None, w, h, beta, None)
 
 
 def third_direction(

@@ -31,7 +31,7 @@ from poise.solvers.stacked_matrix import NEEDS, Point, ProblemMatrix, SmoothMatr
 __all__ = ["LowRankProjectedGradient", "LowRankSolution", "Point", "SmoothMatrix", "StackedObjective"]
 
 STEPS = ("auto", "fixed")
-STARTS = ("svd", "random")
+STARTS = ("auto", "svd", "classifier", "random")
 DECAY, GROWTH = 0.7, 2.0
 """The searched curvature falls by the first after a step and rises by the second after a trial that did not lower the value."""
 
@@ -79,7 +79,8 @@ class LowRankProjectedGradient:
         polish: end with quasi-Newton steps on the subspace, where the objective knows how.
         tol: of the certificate's residual.
         max_iter: steps at most; polishing makes as many again at most.
-        start: "svd" or "random".
+        start: "svd", "classifier", "random", or "auto": the better of the first two; a function of which nothing is known starts at 0
+            but for "random".
         seed: of everything random.
         stack: for `minimize`: names of the matrices that are stacked; all two-dimensional parameters where it is None.
         dim: along which dimension they are stacked.
@@ -109,7 +110,7 @@ class LowRankProjectedGradient:
         polish: bool = True,
         tol: float = 1e-6,
         max_iter: int = 500,
-        start: str = "svd",
+        start: str = "auto",
         seed: int = 0,
         stack: Sequence[str] | None = None,
         dim: int = 1,

@@ -87,7 +87,8 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         prediction: "filter", "naive", "alternating", "exhaustive", or "auto": "filter" for that variant and "naive" for the other.
         threshold: None for 1/2, "youden" for the training data's largest sensitivity + specificity, or a number; two classes only.
         radius_decay: of the blocks' radius: None, 0.5 or 1.
-        n_starts: how often to start; the first time from the data, then at random.
+        n_starts: how often to start: once from the better of the data's decomposition and the unbound classifier, or from both and
+            then at random.
         tol, max_iter: of the solver.
         random_state: of random starts.
 
@@ -393,11 +394,15 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
     def _seeds(self, count: int) -> list[int]:
         return [int(s) for s in check_random_state(self.random_state).randint(2**31 - 1, size=count)]
 
+    @staticmethod
+    def _start(i: int, count: int) -> str:
+        return "auto" if count == 1 else ("svd", "classifier", "random")[min(i, 2)]
+
     def _lifted(self, objective: SupervisedFactors, start: Any, count: int) -> _Fit:
         solutions: list[LowRankSolution] = []
         for i, seed in enumerate(self._seeds(count)):
             solver = LowRankProjectedGradient(
-                int(self.n_components), self.step, tol=self.tol, max_iter=self.max_iter, start="svd" if i == 0 else "random", seed=seed
+                int(self.n_components), self.step, tol=self.tol, max_iter=self.max_iter, start=self._start(i, count), seed=seed
             )  # fmt: skip
             solutions.append(solver.minimize_function(objective, start if i == 0 else None))
         solutions.sort(key=lambda s: s.certificate.value)

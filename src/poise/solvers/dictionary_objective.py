@@ -242,7 +242,18 @@ class SupervisedFactors:
         return _Stepped(self, moved, b, share), gamma - in_gamma / pace
 
     def start(self, rank: int, kind: str, generator: torch.Generator) -> Point:
-        """Return the truncated decomposition of X with a classifier fitted on it, or a random matrix."""
+        """Return where to begin.
+
+        svd          the leading space of X, with a classifier fitted on it: the solution for xi -> infinity
+        classifier   the space of the best unbound classifier, filled up with that of what it leaves of X: for xi -> 0
+        auto         whichever of the two has the lower value
+        random       a random matrix of the size of X
+        """
+        if kind == "auto":
+            ends = [self.start(rank, k, generator) for k in ("svd", "classifier")]
+            return min(ends, key=self.value)
+        if kind == "classifier":
+            return self._classifier_first(rank, generator)
         if kind == "svd":
             r = min(rank, *self.data.shape)
             found = truncated_svd(self.data, r, generator=generator, dtype=self.dtype, device=self.device)
@@ -254,6 +265,45 @@ class SupervisedFactors:
         left, right = (self._random(s, generator) for s in ((self.shape[0], rank), (rank, self.shape[1])))
         theta = LowRank(left, size * right)
         return Point(theta, 0.1 * self._random((len(self.z), self.kappa), generator))
+
+    def _classifier_first(self, rank: int, generator: torch.Generator) -> Point:
+        a, _ = self._unbound()
+        u, s, _ = torch.linalg.svd(a if self.filters else a.mT, full_matrices=False)
+        # Directions that the classifier uses: at most kappa, and none that rounding made.
+        q = u[:, : min(rank, int((s > 1e-6 * s[0]).sum()))] if float(s[0]) > 0 else u[:, :0]
+        left = rank - q.shape[1]
+        if left:
+            rest = _Without(self.data, q, self.filters)
+            count = min(left, *self.data.shape)
+            found = truncated_svd(rest, count, generator=generator, dtype=self.dtype, device=self.device)
+            more = found.left if self.filters else found.right.mT
+            if count < left:
+                more = torch.cat([more, self._random((len(q), left - count), generator)], 1)
+            q = torch.linalg.qr(torch.cat([q, more], 1))[0]
+        return self.fitted(q if self.filters else q.mT)
+
+    def _unbound(self, iterations: int = 200) -> tuple[Tensor, Tensor]:
+        """Minimise the classification and the squares over A and Gamma of any rank, roughly."""
+        p, n = self.data.shape
+        a = torch.zeros((p, self.kappa) if self.filters else (self.kappa, n), dtype=self.dtype, device=self.device)
+        gamma = torch.zeros(len(self.z), self.kappa, dtype=self.dtype, device=self.device)
+        a.requires_grad_()
+        gamma.requires_grad_()
+
+        def closure() -> Tensor:
+            at, free = a.detach(), gamma.detach()
+            a.grad, gamma.grad = self.gradients(at, free)
+            loss = multinomial_loss(self.logits(at, free), self.y, self.weights)
+            return loss + self.nu / 2 * (at.double().square().sum() + free.double().square().sum())
+
+        limits: dict[str, Any] = {
+            "max_iter": iterations,
+            "tolerance_grad": 1e-4 * len(self.weights) ** 0.5,
+            "tolerance_change": 0.0,
+        }
+        optimizer = torch.optim.LBFGS([a, gamma], history_size=15, line_search_fn="strong_wolfe", **limits)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return a.detach(), gamma.detach()
 
     def _widened(self, found: SingularTriplets, rank: int, generator: torch.Generator) -> SingularTriplets:
         """A basis of more columns than X has rank: only covers `r` up to `n + kappa` (or `p + kappa`)."""
@@ -430,6 +480,32 @@ class _Stepped:
             cross = (data.transposed_times(self.b.left).mT * self.b.right).sum()
             rest = rest + 2 * t * (1 - t) * cross + (1 - t) ** 2 * self.b.squared_norm()
         return self.moved.double().square().sum() + rest
+
+
+@dataclass(frozen=True)
+class _Without:
+    """The data without what lies in a space of columns (filter) or rows (feature)."""
+
+    data: DataMatrix
+    basis: Tensor
+    filters: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.filters:
+            return self._off(self.data.times(x))
+        return self.data.times(self._off(x))
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        if self.filters:
+            return self.data.transposed_times(self._off(y))
+        return self._off(self.data.transposed_times(y))
+
+    def _off(self, x: Tensor) -> Tensor:
+        return x - self.basis @ (self.basis.mT @ x)
 
 
 class _Reached(Exception):
