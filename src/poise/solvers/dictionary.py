@@ -36,7 +36,7 @@ DECAY, GROWTH = 0.7, 2.0
 """The searched curvature falls by the first after a step and rises by the second after a trial that did not lower the value."""
 
 
-ROUGH, EXACT = 1e-9, 1e-14
+ROUGH, EXACT = 1e-9, 1e-16
 """Accuracy of the truncation, as relative rise of the kept squares, at first and where no step lowers the value."""
 QUIET = 1e-4
 """Relative fall of the value over ten steps below which polishing takes over."""
@@ -159,25 +159,36 @@ class LowRankProjectedGradient:
         point = objective.start(self.rank, self.kind, generator) if start is None else start
         descent = _Descent(self, objective, point, generator)
         descent.run()
-        if descent.polishes:
-            descent.take(objective.polished(descent.point, self.tol, self.max_iter))
-        return self._judged(objective, descent)
+        sure = objective.bound
+        tolerance = self.tol
+        before = math.inf
+        for _ in range(3 if descent.polishes else 1):
+            if descent.polishes:
+                descent.take(objective.polished(descent.point, tolerance, self.max_iter))
+            # Where no bound is known a multiple of what the search found stands for it.
+            curvature = 4.0 * descent.curvature if sure is None else sure
+            residual, gap = gradient_mapping(objective, descent.point, self.rank, curvature)
+            if residual <= self.tol or residual > 0.5 * before:
+                break
+            tolerance, before = tolerance / 10, residual
+        return self._judged(descent, residual, gap)
 
-    def _judged(self, objective: StackedObjective, descent: _Descent) -> LowRankSolution:
-        residual, gap = gradient_mapping(objective, descent.point, self.rank, self._sure(objective, descent))
+    def _judged(self, descent: _Descent, residual: float, gap: float) -> LowRankSolution:
         status = "converged" if residual <= self.tol else f"{descent.status} with gradient mapping {residual:.3g}"
         if residual > self.tol:
             warnings.warn(f"{self.name}: {status}; {self.tol:.3g} was asked for.", PoiseWarning, stacklevel=3)
         self.curvature = descent.curvature
         history = descent.history
         certificate = Certificate(
-            history[-1], residual, self.tol, "relative norm of the gradient mapping", len(history) - 1, status, history=tuple(history)
-        )  # fmt: skip
+            value=history[-1],
+            residual=residual,
+            tolerance=self.tol,
+            measure="relative norm of the gradient mapping",
+            iterations=len(history) - 1,
+            status=status,
+            history=tuple(history),
+        )
         return LowRankSolution(descent.point.theta, descent.point.free, certificate, gap, descent.curvature)
-
-    def _sure(self, objective: StackedObjective, descent: _Descent) -> float:
-        """A curvature of which the gradient mapping is taken: the bound, or where none is known a multiple of what was searched."""
-        return objective.bound if objective.bound is not None else 4.0 * descent.curvature
 
     # ---- a problem of Poise --------------------------------------------------------------------------------------------
 
@@ -338,7 +349,8 @@ class _Descent:
     def take(self, point: Point) -> None:
         """Go on from a point that is no worse."""
         value = self.objective.value(point)
-        if value <= self.history[-1]:
+        # Among values that rounding does not tell apart the polished point is the better one.
+        if value <= self.history[-1] + 1e-12 * abs(self.history[-1]):
             self.point = self.before = point
             self.history.append(value)
 
@@ -347,7 +359,9 @@ def gradient_mapping(objective: StackedObjective, point: Point, rank: int, curva
     """Return `|theta - T_r(theta - grad / L)|` over `|grad(0)| / L`, and the gap between the r-th and the next singular value."""
     matrix, free = objective.stepped(point, curvature)
     start = torch.linalg.qr(objective.scaled(point.theta, curvature).left)[0]
-    spectrum = truncated_svd(matrix, rank, start=start, dtype=objective.dtype, device=objective.device, tolerance=EXACT)
+    spectrum = truncated_svd(
+        matrix, rank, start=start, dtype=objective.dtype, device=objective.device, tolerance=EXACT, powers=300
+    )
     moved = spectrum.low_rank().plus(objective.scaled(point.theta, curvature), -1.0)
     # The difference of two nearly equal products loses half the digits in its Gram form, so the left sides are made orthonormal first.
     r = torch.linalg.qr(moved.left)[1]

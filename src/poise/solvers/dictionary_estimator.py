@@ -478,7 +478,10 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
         if self.threshold == "youden":
             scores = _probabilities(self._scores(X, z))[:, 1]
             false, true, thresholds = roc_curve(labels, scores, sample_weight=weights)
-            self.threshold_ = float(thresholds[(true - false).argmax()])
+            best = thresholds[(true - false).argmax()]
+            # Between the score that counts as positive and the next one below, so that rounding does not decide.
+            below = scores[scores < best]
+            self.threshold_ = float(best + (below.max() if len(below) else best)) / 2
         else:
             self.threshold_ = float(self.threshold)
         # A threshold of 0 or 1 has no finite logit.

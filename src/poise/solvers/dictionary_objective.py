@@ -509,47 +509,69 @@ class _Without:
 
 
 class _Reached(Exception):
-    """Ends the line search of L-BFGS where the gradient is small enough."""
+    """Ends L-BFGS where the gradient is small enough, or where values no longer tell points apart."""
 
 
-def _polish(objective: SupervisedFactors, point: Point, tolerance: float, iterations: int) -> Point:
-    """Minimise the reduced objective over `w = Q R`; its value does not change with R, which makes the curvatures alike.
+STALLED = 8
+"""Evaluations without a lower value after which a line search by values has nothing left to compare."""
+
+
+class _Polish:
+    """The reduced objective over `w = Q R`; its value does not change with R, which makes the curvatures alike.
 
     A column of the basis that moves changes B by its singular value, so with `R = diag(s)` all columns have curvature `2 xi`.
     """
-    u, s, vt = _decomposed(point.theta)
-    size = s.clamp_min(1e-6 * float(s[0]))
-    w = ((u if objective.filters else vt.mT) * size).detach().clone().contiguous().requires_grad_()
-    best: dict[str, Any] = {"value": objective.value(point), "point": point}
-    known: list[tuple[Tensor, Tensor]] = []
-    small = 0.1 * tolerance * 2 * objective.xi * math.sqrt(float(objective.data.squared_norm()))
 
-    def closure() -> Tensor:
+    def __init__(self, objective: SupervisedFactors, point: Point, tolerance: float) -> None:
+        self.objective, self.best, self.value = objective, point, objective.value(point)
+        u, s, vt = _decomposed(point.theta)
+        self.start = (u if objective.filters else vt.mT) * s.clamp_min(1e-6 * float(s[0]))
+        total = float(objective.data.squared_norm())
+        self.small = 0.1 * tolerance * 2 * objective.xi * math.sqrt(total)
+        self.noise = 16 * torch.finfo(torch.float64).eps * (abs(self.value) + objective.xi * total)
+        self.norm, self.since = math.inf, 0
+        self.known: tuple[Tensor, Tensor] | None = None
+
+    def closure(self, w: Tensor) -> Tensor:
+        """Set the gradient of `w`, return the value, and remember the best point: the lower, or among equals the flatter one."""
         q, r = torch.linalg.qr(w.detach())
         start = None
-        if known:
-            basis, found = known[0]
+        if self.known is not None:
+            basis, found = self.known
             start = torch.cat([q.mT @ (basis @ found[: q.shape[1]]), found[q.shape[1] :]])
-        value, gradient, at = objective.reduced(q, start)
-        known[:] = [(q, torch.cat([objective.alpha(at), objective._free(at)]))]
+        value, gradient, at = self.objective.reduced(q, start)
+        self.known = (q, torch.cat([self.objective.alpha(at), self.objective._free(at)]))
         w.grad = torch.linalg.solve_triangular(r, gradient.mT, upper=True).mT.contiguous()
-        if value < best["value"]:
-            best.update(value=value, point=at)
-        if float(w.grad.norm()) <= small:
+        norm = float(w.grad.norm())
+        self.since = 0 if value < self.value - self.noise else self.since + 1
+        if value < self.value - self.noise or (value <= self.value + self.noise and norm < self.norm):
+            self.best, self.value, self.norm, self.start = at, min(value, self.value), norm, w.detach().clone()
+        if self.norm <= self.small or self.since > STALLED:
             raise _Reached
         return torch.tensor(value, dtype=torch.float64)
 
-    limits: dict[str, Any] = {
-        "max_iter": iterations,
-        "max_eval": 2 * iterations,
-        "tolerance_grad": 0.0,
-        "tolerance_change": 0.0,
-    }
-    optimizer = torch.optim.LBFGS([w], history_size=15, line_search_fn="strong_wolfe", **limits)
-    with contextlib.suppress(_Reached):
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    found: Point = best["point"]
-    return found
+    def run(self, iterations: int, **options: Any) -> None:
+        """Make quasi-Newton steps from the best point."""
+        w = self.start.detach().clone().contiguous().requires_grad_()
+        self.known, self.since = None, 0
+        limits: dict[str, Any] = {
+            "max_iter": iterations,
+            "max_eval": 2 * iterations,
+            "tolerance_grad": 0.0,
+            "tolerance_change": 0.0,
+        }
+        optimizer = torch.optim.LBFGS([w], history_size=15, **limits, **options)
+        with contextlib.suppress(_Reached):
+            optimizer.step(lambda: self.closure(w))  # type: ignore[no-untyped-call]
+
+
+def _polish(objective: SupervisedFactors, point: Point, tolerance: float, iterations: int) -> Point:
+    """Minimise over the shared space: by line searches while values fall, then by whole steps that gradients alone judge."""
+    polish = _Polish(objective, point, tolerance)
+    polish.run(iterations, line_search_fn="strong_wolfe")
+    if polish.norm > polish.small:
+        polish.run(3 * STALLED)
+    return polish.best
 
 
 def _check(y: Tensor, n: int, xi: float, nu: float, variant: str, scale: str | None, weights: Tensor | None) -> None:
