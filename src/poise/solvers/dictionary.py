@@ -165,8 +165,8 @@ class LowRankProjectedGradient:
         for _ in range(3 if descent.polishes else 1):
             if descent.polishes:
                 descent.take(objective.polished(descent.point, tolerance, self.max_iter))
-            # Where no bound is known a multiple of what the search found stands for it.
-            curvature = 4.0 * descent.curvature if sure is None else sure
+            # Where no bound is known the largest curvature that the search met stands for it.
+            curvature = (descent.largest or descent.curvature) if sure is None else sure
             residual, gap = gradient_mapping(objective, descent.point, self.rank, curvature)
             if residual <= self.tol or residual > 0.5 * before:
                 break
@@ -247,6 +247,7 @@ class _Descent:
         self.polishes = solver.polish and objective.polishes
         self.pace, self.precision = 1.0, ROUGH
         self.basis: Tensor | None = None
+        self.largest = 0.0
         self.status = f"stopped after {solver.max_iter} steps"
         self.searches = solver.step_size == "auto"
         if not isinstance(solver.step_size, str):
@@ -306,6 +307,7 @@ class _Descent:
             )
         self.before, self.point = self.point, found
         self.history.append(value)
+        self.largest = max(self.largest, self.curvature)
         if self.searches:
             self.curvature *= DECAY
         return True

@@ -512,8 +512,8 @@ class _Reached(Exception):
     """Ends L-BFGS where the gradient is small enough, or where values no longer tell points apart."""
 
 
-STALLED = 8
-"""Evaluations without a lower value after which a line search by values has nothing left to compare."""
+STALLED, WHOLE = 8, 60
+"""Evaluations without a lower value after which a line search has nothing left to compare; whole steps that may follow it."""
 
 
 class _Polish:
@@ -529,7 +529,7 @@ class _Polish:
         total = float(objective.data.squared_norm())
         self.small = 0.1 * tolerance * 2 * objective.xi * math.sqrt(total)
         self.noise = 16 * torch.finfo(torch.float64).eps * (abs(self.value) + objective.xi * total)
-        self.norm, self.since = math.inf, 0
+        self.norm, self.since, self.patience = math.inf, 0, STALLED
         self.known: tuple[Tensor, Tensor] | None = None
 
     def closure(self, w: Tensor) -> Tensor:
@@ -546,14 +546,14 @@ class _Polish:
         self.since = 0 if value < self.value - self.noise else self.since + 1
         if value < self.value - self.noise or (value <= self.value + self.noise and norm < self.norm):
             self.best, self.value, self.norm, self.start = at, min(value, self.value), norm, w.detach().clone()
-        if self.norm <= self.small or self.since > STALLED:
+        if self.norm <= self.small or self.since > self.patience:
             raise _Reached
         return torch.tensor(value, dtype=torch.float64)
 
-    def run(self, iterations: int, **options: Any) -> None:
+    def run(self, iterations: int, patience: int, **options: Any) -> None:
         """Make quasi-Newton steps from the best point."""
         w = self.start.detach().clone().contiguous().requires_grad_()
-        self.known, self.since = None, 0
+        self.known, self.since, self.patience = None, 0, patience
         limits: dict[str, Any] = {
             "max_iter": iterations,
             "max_eval": 2 * iterations,
@@ -568,9 +568,9 @@ class _Polish:
 def _polish(objective: SupervisedFactors, point: Point, tolerance: float, iterations: int) -> Point:
     """Minimise over the shared space: by line searches while values fall, then by whole steps that gradients alone judge."""
     polish = _Polish(objective, point, tolerance)
-    polish.run(iterations, line_search_fn="strong_wolfe")
+    polish.run(iterations, STALLED, line_search_fn="strong_wolfe")
     if polish.norm > polish.small:
-        polish.run(3 * STALLED)
+        polish.run(WHOLE, WHOLE)
     return polish.best
 
 

@@ -22,6 +22,10 @@ _DENSE = 1200
 """Unknowns up to which Newton's matrix is formed."""
 
 
+NEAR = 1e-10
+"""Expected fall of the value, relative to it, below which Newton's steps are judged by the gradient."""
+
+
 def bound_of(kappa: int) -> float:
     """Return the largest second derivative of the loss in the logits: 1/4 for two classes, 1/2 for more."""
     return 0.25 if kappa == 1 else 0.5
@@ -70,13 +74,21 @@ def ridge_logistic(
         if at_start <= value:
             beta, value = start, at_start
     newton = _Newton(inputs, weights, nu, kappa)
+    best, flattest = beta, float("inf")
     for _ in range(iterations):
         p = probabilities(beta.mT @ inputs)
         gradient = inputs @ (weights * (p - y)).mT + nu * beta
+        norm = float(gradient.norm())
+        if norm < flattest:
+            best = beta
         step = newton.solve(p, gradient)
         slope = float((step * gradient).sum())
-        if not slope > 1e-3 * torch.finfo(inputs.dtype).eps * abs(value):
-            break
+        if slope <= NEAR * abs(value):
+            # Values no longer tell points apart: whole steps, as long as they make the gradient smaller.
+            if norm > 0.5 * flattest or not slope > 0:
+                return best
+            flattest, beta = norm, beta - step
+            continue
         length = 1.0
         while length > 1e-6:
             trial = beta - length * step
@@ -85,9 +97,10 @@ def ridge_logistic(
                 break
             length /= 2
         else:
-            break
-        beta, value = trial, found
-    return beta
+            return best
+        beta = best = trial
+        value, flattest = found, float("inf")
+    return best
 
 
 def _value(beta: Tensor, inputs: Tensor, y: Tensor, weights: Tensor, nu: float) -> float:
