@@ -93,11 +93,11 @@ def _dense(
 
 
 def _memory(quick: bool) -> Ratio:
-    p, n = (1000, 800) if quick else (3000, 2000)
+    p, n = (1000, 800) if quick else (2000, 1500)
     data = filter_model(n, p, 5, seed=0)
     x = data.x.mT.contiguous()
     objective = SupervisedFactors(x, data.y, xi=XI, nu=NU)
-    solver = LowRankProjectedGradient(5, max_iter=5)
+    solver = LowRankProjectedGradient(5, max_iter=5, polish=False)
     held = peak_bytes(lambda: solver.minimize_function(objective))
     size = x.numel() * x.element_size()
     detail = f"p = {p}, n = {n}, r = 5, float64: {held / 1e6:.1f} MB beside {size / 1e6:.1f} MB of data"
@@ -107,11 +107,11 @@ def _memory(quick: bool) -> Ratio:
 def _sparse(quick: bool) -> Ratio:
     from scipy import sparse
 
-    p, n = (5000, 1000) if quick else (50_000, 5000)
-    x = sparse.random_array((p, n), density=1e-3 if not quick else 1e-2, rng=np.random.default_rng(0), format="csc")
+    p, n = (5000, 1000) if quick else (20_000, 2000)
+    x = sparse.random_array((p, n), density=2e-3, rng=np.random.default_rng(0), format="csc")
     y = (torch.arange(n) % 2).long()
     mean = torch.from_numpy(np.asarray(x.mean(1)).ravel())
-    solver = LowRankProjectedGradient(10, max_iter=5)
+    solver = LowRankProjectedGradient(10, max_iter=5, polish=False, start="svd")
 
     def solve() -> None:
         solver.minimize_function(SupervisedFactors(DataMatrix(x, mean), y, xi=1.0, nu=1.0))
@@ -120,5 +120,5 @@ def _sparse(quick: bool) -> Ratio:
     started = time.process_time()
     solve()
     seconds = time.process_time() - started
-    detail = f"p = {p:,}, n = {n:,}, {x.nnz:,} entries, r = 10, centred: {held / 1e6:.0f} MB, five steps and polish {seconds:.1f} s"
+    detail = f"p = {p:,}, n = {n:,}, {x.nnz:,} entries, r = 10, centred: {held / 1e6:.0f} MB, five steps {seconds:.1f} s"
     return Ratio("sparse: bytes held / bytes of the dense matrix", held / (8 * p * n), 0.1, "lower", detail)
