@@ -21,7 +21,7 @@ def poise(*arguments: str) -> Result:
 def test_the_help_names_every_command() -> None:
     result = poise("--help")
     assert result.exit_code == 0
-    for name in ("compare", "fit", "predict", "terms", "explain", "claims", "report"):
+    for name in ("compare", "fit", "solve", "predict", "terms", "explain", "claims", "report"):
         assert name in result.stdout
 
 

@@ -11,7 +11,7 @@ import torch
 
 import poise
 from poise.errors import IncompatibleError, InputError, PoiseWarning
-from poise.solve import choose, minimize, solve, solve_path
+from poise.solving import choose, minimize, solve, solve_path
 from poise.structure import composite_of
 
 
@@ -36,6 +36,9 @@ def classes(n: int = 120, p: int = 6, number: int = 2, seed: int = 0):
         ("huber(delta=0.5) + 0.1*l2", False, "newton"),
         ("least_squares + 0.1*nuclear_norm", False, "proximal"),
         ("least_squares + nonnegative", False, "proximal"),
+        ("least_squares + 0.1*l1", False, "proximal"),
+        ("least_squares + 0.1*l1", True, "coordinate"),
+        ("huber(delta=0.5) + 0.1*group_lasso(groups=1)", True, "coordinate"),
     ],
 )
 def test_the_solver_fits_the_problem_and_says_why(formula, sparse, solver):

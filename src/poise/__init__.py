@@ -24,8 +24,10 @@ _HOME: dict[str, str] = {
     "Step": "problem",
     "Certificate": "problem",
     "fit": "training",
-    "solve": "solve",
-    "solve_path": "solve",
+    "PoiseClassifier": "estimators",
+    "PoiseRegressor": "estimators",
+    "solve": "solving",
+    "solve_path": "solving",
     "Run": "run",
     "Stream": "streams",
     "OnPolicy": "readouts.on_policy",
@@ -53,6 +55,8 @@ __all__ = ["__version__", *sorted(_HOME)]
 if TYPE_CHECKING:
     from poise.errors import PoiseError as PoiseError
     from poise.errors import PoiseWarning as PoiseWarning
+    from poise.estimators import PoiseClassifier as PoiseClassifier
+    from poise.estimators import PoiseRegressor as PoiseRegressor
     from poise.formula import explain as explain
     from poise.formula import parse as parse
     from poise.frozen import FrozenModel as FrozenModel
@@ -69,8 +73,8 @@ if TYPE_CHECKING:
     from poise.quantities import Quantities as Quantities
     from poise.readouts.on_policy import OnPolicy as OnPolicy
     from poise.run import Run as Run
-    from poise.solve import solve as solve
-    from poise.solve import solve_path as solve_path
+    from poise.solving import solve as solve
+    from poise.solving import solve_path as solve_path
     from poise.streams import Stream as Stream
     from poise.studies import Study as Study
     from poise.tasks import load_task as load_task

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Ascent", "Oracle", "adam", "lbfgs"]
+__all__ = ["Ascent", "Oracle", "adam", "lbfgs", "nonlinear_cg", "slope_search"]
 
 Oracle = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _DECREASE, _SLOPE, _TRIALS, _ROUNDING = 1e-4, 0.9, 30, 1e-13
@@ -90,6 +90,78 @@ def lbfgs(oracle: Oracle, start: Tensor, tolerance: Tensor, max_iter: int, memor
         end.iterations[which] += 1
         end.history.append(float(end.value.sum()))
     return end
+
+
+def nonlinear_cg(oracle: Oracle, start: Tensor, tolerance: Tensor, max_iter: int) -> Ascent:
+    """Ascend by nonlinear conjugate gradients (Polak and Ribiere, restarted) until every row's gradient is within its tolerance.
+
+    d <- g + max(0, <g, g - g_before> / ||g_before||^2) d
+
+    Arguments as `lbfgs`.
+    """
+    which = torch.arange(len(start), device=start.device)
+    x = start.clone()
+    value, gradient = oracle(x, which)
+    end = Ascent(x.clone(), value.clone(), gradient.abs().sum(-1), torch.zeros_like(which), which < 0, [])
+    direction, length = gradient.clone(), torch.ones_like(value)
+    for _ in range(max_iter):
+        going = (end.residual[which] > tolerance[which]) & ~end.stalled[which]
+        if not bool(going.all()):
+            which, x, gradient, direction, length = (t[going] for t in (which, x, gradient, direction, length))
+        if not len(which):
+            break
+        uphill = (direction * gradient).sum(-1) > 0
+        direction = torch.where(uphill[:, None], direction, gradient)
+        steepest = (direction == gradient).all(-1)
+        first = torch.where(steepest, 1.0 / gradient.abs().sum(-1).clamp_min(1e-300), length)
+        step, found = slope_search(lambda p, w: oracle(p, w)[1], which, x, gradient, direction, first, 0.1, 0.1)
+        x = torch.where(found[:, None], x + step[:, None] * direction, x)
+        value, fresh = oracle(x, which)
+        factor = (fresh * (fresh - gradient)).sum(-1) / gradient.square().sum(-1).clamp_min(1e-300)
+        end.stalled[which] = ~found & steepest
+        direction = torch.where(found[:, None], fresh + factor.clamp_min(0.0)[:, None] * direction, fresh)
+        gradient, length = fresh, step
+        end.x[which], end.value[which], end.residual[which] = x, value, gradient.abs().sum(-1)
+        end.iterations[which] += 1
+        end.history.append(float(end.value.sum()))
+    return end
+
+
+def slope_search(
+    gradient_at: Callable[[Tensor, Tensor], Tensor], which: Tensor, x: Tensor, gradient: Tensor, direction: Tensor, first: Tensor,
+    short: float, far: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Find steps along which the slope of a concave function has nearly fallen to 0, by doubling and bisection.
+
+    On a line the slope of a concave function only falls, so it alone says whether a step is too short or too long; values, which drown in
+    rounding near the top, are not needed.
+
+    Args:
+        gradient_at: gradients of some of the functions at some points.
+        which, x, gradient, direction: the problems, where they are, the gradient there, and where to.
+        first: steps that are tried first, positive.
+        short: a step is too short where more than this share of the first slope is left.
+        far: and too long where minus this share is passed.
+
+    Returns:
+        Steps, and whether each was found.
+    """
+    slope = (gradient * direction).sum(-1)
+    step, low, high = first.clone(), torch.zeros_like(first), torch.full_like(first, torch.inf)
+    rows = (slope > 0).nonzero()[:, 0]
+    for _ in range(_TRIALS + 10):
+        if not len(rows):
+            break
+        tried = gradient_at(x[rows] + step[rows, None] * direction[rows], which[rows])
+        left = (tried * direction[rows]).sum(-1) / slope[rows]
+        is_short, is_far = left > short, left < -far
+        low[rows[is_short]], high[rows[is_far]] = step[rows[is_short]], step[rows[is_far]]
+        rows = rows[is_short | is_far]
+        bounded = high[rows].isfinite()
+        step[rows] = torch.where(bounded, 0.5 * (low[rows] + high[rows]), 2.0 * step[rows])
+    found = slope > 0
+    found[rows] = False
+    return step, found
 
 
 def _two_sided(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ WEIGHTS = {
     "exponential": "poise.weights.schedule:exponential",
     "rampup": "poise.weights.schedule:rampup",
     "piecewise": "poise.weights.schedule:piecewise",
+    "gamma_ladder": "poise.weights.schedule:GammaLadder",
 }
 """The ways to set a weight that the formula language knows, and where each is defined."""
 

@@ -103,7 +103,8 @@ Solver = Annotated[
     typer.Option(
         "--solver",
         metavar="NAME",
-        help='sgd, adamw, ...: any of torch.optim; lion; half_fine_tuning. Options in brackets: "adamw(weight_decay=0.1)".',
+        help="sgd, adamw, ...: any of torch.optim; lion; newton; proximal, for exact zeros; half_fine_tuning. Options in brackets: "
+        '"adamw(weight_decay=0.1)".',
         rich_help_panel=TRAINING,
     ),
 ]
@@ -584,6 +585,82 @@ def _save(
     for note in save_model(save, run, task, split, spec, metrics):
         terminal.say(f"warning: {note}")
     return [f"Predict: poise predict {shlex.quote(str(save))} FILE"]
+
+
+@app.command()
+@command
+def solve(
+    data: Annotated[
+        str, typer.Argument(help="diabetes, breast_cancer, wine, digits, mnist, or a file or folder of yours.")
+    ],
+    formula: Annotated[str, typer.Argument(help="One fit and penalties, with a number for every weight.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page and tables go.")] = Path(
+        "poise-solution"
+    ),
+    path: Annotated[int, typer.Option("--path", metavar="POINTS", help="Weights along the path; 0 for none.")] = 30,
+    smallest: Annotated[
+        float, typer.Option("--smallest", metavar="SHARE", help="Last weight of the path, as a share of the first.")
+    ] = 1e-3,
+    tol: Annotated[float, typer.Option("--tol", help="Relative tolerance of the certificate.")] = 1e-8,
+    iterations: Annotated[int | None, typer.Option("--iterations", help="At most.")] = None,
+    intercept: Annotated[
+        bool, typer.Option("--intercept/--no-intercept", help="Whether there is a free intercept.")
+    ] = True,
+    solver: Annotated[
+        str | None, typer.Option("--solver", metavar="NAME", help="By default the one that fits.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the split.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 1,
+    label: Label = None,
+    target_type: TargetType = None,
+    split: SplitShares = "60/20/20",
+    group: Group = None,
+    time: Time = None,
+    test: TestFile = None,
+    class_weight: ClassWeight = None,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Minimise a formula of a linear model to a certificate, and along a path of its weight.
+
+    poise solve diabetes "least_squares + 0.1*l1"
+
+    poise solve mydata.csv "cross_entropy + 0.02*group_lasso(groups=4)" --label quality
+    """
+    import torch
+
+    from poise.report.solution import write_solution
+    from poise.studies.solution import solve_task
+    from poise.tables import solution_results
+    from poise.tasks import Task, load_task
+
+    if path < 0 or path == 1 or not 0 < smallest < 1 or not tol > 0:
+        raise InputError("--path is 0 or at least 2, --smallest is a share between 0 and 1, and --tol is positive.")
+    torch.set_num_threads(threads)
+    terminal = _terminal(quiet)
+    task = load_task(
+        data, label=label, target_type=target_type, split=_shares(split), group=group, time=time, test_file=test,
+        class_weight=class_weight, limit=limit,
+    )  # fmt: skip
+    if not isinstance(task, Task):
+        raise InputError(
+            f"{data} holds text for language models; poise solve reads tables and images. Use `poise align`."
+        )
+    with terminal.progress(formula) as progress:
+        try:
+            summary = solve_task(
+                task, formula, seed=seed, intercept=intercept, solver=solver, tol=tol, iterations=iterations, points=path,
+                smallest=smallest, progress=lambda share: progress(share, ""),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Nothing was kept; --path 0 solves at the formula's weight alone.") from None
+    terminal.print(*solution_results(summary))
+    for warning in summary.warnings:
+        terminal.say(f"warning: {warning}")
+    summary.save(out)
+    terminal.print(f"\nReport: {write_solution(summary, out)}")
+    return DONE if summary.certificate["residual"] <= summary.certificate["tolerance"] else FAILED
 
 
 @app.command()

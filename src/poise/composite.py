@@ -265,7 +265,8 @@ class Composite:
                 break
             b = b + length * move
             value = self.fit_value(z + b)
-        return b
+        # a softmax does not see what all its intercepts share
+        return b - b.mean() if self.datafit.name == "cross_entropy" else b
 
     def _intercept_curvature(self, z: Tensor) -> Tensor:
         if self.datafit.name == "cross_entropy":

@@ -30,11 +30,13 @@ class Penalty:
         separable: it is a sum over single entries.
         convex: it is convex; where it is not, `prox` returns a global minimiser and `distance` tells stationary points.
         norm: it is a norm (or a seminorm), so `polar` exists.
+        is_set: it is 0 in a set and infinite outside, which no weight changes.
     """
 
     separable: ClassVar[bool] = False
     convex: ClassVar[bool] = True
     norm: ClassVar[bool] = False
+    is_set: ClassVar[bool] = False
 
     def value(self, x: Tensor) -> Tensor:
         """Return h(x), 0-dim."""
@@ -543,6 +545,7 @@ class SparseSimplex(Penalty):
     k: int = 1
     total: float = 1.0
     convex: ClassVar[bool] = False
+    is_set: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_count("sparse_simplex", self.k)
@@ -585,6 +588,7 @@ class Indicator(Penalty):
 
     region: ConvexSet
     tolerance: float = 1e-8
+    is_set: ClassVar[bool] = True
 
     def value(self, x: Tensor) -> Tensor:
         return x.new_tensor(0.0 if self.region.contains(x, self.tolerance) else math.inf)

@@ -36,7 +36,8 @@ def sum_gradients(gradients: list[Tensor]) -> list[Tensor]:
     if size() == 1 or not gradients:
         return gradients
     result = list(gradients)
-    for dtype in {g.dtype for g in gradients}:
+    # In the order of the gradients, which every process shares; that of a set may differ.
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
         places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
         flat = torch.cat([gradients[i].reshape(-1) for i in places])
         dist.all_reduce(flat)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from poise.coefficient import Number
 from poise.composite import Composite
-from poise.datafits import Datafit
+from poise.datafits import Datafit, Multinomial
 from poise.errors import IncompatibleError
 from poise.objective import Objective
 from poise.penalties import L1, ElasticNet, Penalty, Scaled, SquaredL2
+from poise.problem import Problem
 
+PLAIN_READOUTS = ("poise.readouts.supervised.Classification", "poise.readouts.supervised.Regression")
+"""Readouts that pass on what the model returned. By name, because solvers do not know that room."""
 USE_FIT = "Train it with `poise fit` (poise.fit), which needs gradients only."
 
 
@@ -87,6 +91,45 @@ def composite_of(
     else:
         h = Scaled(L1() if absolute else None, absolute, ridge)
     return Composite(x, y, fit[2], h, fit[1], intercept, sample_weight)
+
+
+def composite_of_problem(problem: Problem) -> tuple[Composite, nn.Linear]:
+    """Read one step of a linear layer on one batch as a composite; return the layer too, where a solution belongs.
+
+    Raises:
+        IncompatibleError: the model is not one linear layer that puts out what the terms read, or the terms do not fit one.
+    """
+    model = problem.model
+    layer = model[0] if isinstance(model, nn.Sequential) and len(model) == 1 else model
+    plain = f"{type(problem.readout).__module__}.{type(problem.readout).__name__}" in PLAIN_READOUTS
+    batch = problem.batches[0]
+    data = batch.get("main", next(iter(batch.values())))
+    if (
+        type(layer) is not nn.Linear
+        or len(problem.batches) != 1
+        or len(batch) != 1
+        or not plain
+        or "sample_weight" in data
+    ):
+        raise IncompatibleError(
+            "A certificate is given for one linear layer, on one batch without sample weights. Train other models with poise.fit and "
+            "solver='proximal', which makes the same steps."
+        )
+    found = composite_of(
+        problem.objective, data["input"], data["target"], layer.bias is not None, classes=layer.out_features
+    )
+    if found.datafit.name == "logistic":
+        # a layer of two outputs has two logits, where the formula alone has one
+        found = Composite(found.design, data["target"], Multinomial(2), found.penalty, found.weight, found.intercept)
+    return found, layer
+
+
+def write_to_layer(layer: nn.Linear, w: Tensor, b: Tensor) -> None:
+    """Put a solution into a linear layer."""
+    with torch.no_grad():
+        layer.weight.copy_(w.reshape(layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(b.reshape(layer.bias.shape))
 
 
 def _number(label: str, weight: Any) -> float:

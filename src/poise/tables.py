@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from poise.catalogue import Entry
     from poise.claims import Claim
     from poise.claims.runner import Row
+    from poise.studies.solution import SolutionSummary
     from poise.studies.summary import Difference, Metric, Summary, TermEffect
     from poise.tasks.contract import AnyTask
 
-__all__ = ["claim_finding", "claim_rows", "fit_results", "formula_names", "study_results"]
+__all__ = ["claim_finding", "claim_rows", "fit_results", "formula_names", "solution_results", "study_results"]
 
 STATE_STYLE = {"holds": "green", "fails": "red", "not run": "yellow", "not built": "dim"}
 VERDICT_STYLE = {"better": "green", "worse": "red", "undecided": "yellow", "no interval": "dim"}
@@ -60,6 +61,61 @@ def fit_results(
     yield table
     for sentence in constraints:
         yield Text(f"Constraint {sentence}", style=VERDICT_STYLE["worse" if "not feasible" in sentence else "better"])
+
+
+def solution_results(summary: SolutionSummary) -> Iterator[RenderableType]:
+    """A solved linear model: its certificate, its metrics, its largest weights, and the path of weights."""
+    c = summary.certificate
+    yield _heading(f"{summary.formula} on {summary.task}, {wording.count(summary.examples, 'example')}")
+    met = c["residual"] <= c["tolerance"]
+    style = VERDICT_STYLE["better" if met else "worse"]
+    yield Text(f"{'Solved' if met else 'Not solved: ' + c['status']}", style=style)
+    table = _grid()
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("objective", f"{c['value']:.8g}")
+    table.add_row(c["measure"], f"{c['residual']:.2g} (asked for: {c['tolerance']:.2g})")
+    steps = wording.count(c["iterations"], "iteration")
+    table.add_row("solver", Text(f"{summary.solver}: {summary.reason}; {steps}, {wording.seconds(summary.seconds)}"))
+    table.add_row("inputs used", f"{len(summary.used):,} of {len(summary.inputs):,}")
+    yield table
+    yield _heading("Metrics")
+    table = _table("Rows", *(f">{name}" for name in summary.metrics["test"]))
+    for part, values in summary.metrics.items():
+        table.add_row(part, *(f"{value:.4g}" for value in values.values()))
+    yield table
+    if summary.used:
+        shown = summary.used[:10]
+        yield _heading("Largest weights")
+        table = _table("Input", *(f">{name}" for name in summary.outputs[:6]))
+        for j in shown:
+            table.add_row(
+                Text(summary.inputs[j]), *(wording.rounded(row[j]) if row[j] else "0" for row in summary.coef[:6])
+            )
+        yield table
+        hidden = [
+            wording.count(len(summary.used) - len(shown), "more input") if len(summary.used) > len(shown) else "",
+            wording.count(len(summary.outputs) - 6, "more output") if len(summary.outputs) > 6 else "",
+        ]
+        if any(hidden):
+            yield Text(f"and {', '.join(filter(None, hidden))} in weights.csv", style="dim")
+    if summary.path:
+        yield _heading(f"Path: {summary.varied}")
+        table = _table(">Weight", ">Inputs used", ">Objective", f">{summary.primary}, valid", "")
+        every = max(1, len(summary.path) // 10)
+        for i, p in enumerate(summary.path):
+            if i % every == 0 or i in (summary.best, len(summary.path) - 1):
+                said = "best on validation rows" if i == summary.best else "" if p.converged else "certificate missed"
+                table.add_row(
+                    wording.rounded(p.weight),
+                    str(p.support),
+                    wording.rounded(p.value),
+                    f"{p.metrics[summary.primary]:.4g}",
+                    said,
+                )
+        yield table
+    for note in summary.notes:
+        yield Text(note, style="dim")
 
 
 def formula_names(entries: Iterable[Entry]) -> Iterator[RenderableType]:

@@ -9,12 +9,12 @@ from poise.lazy import load
 _HOME: dict[str, str] = {
     "ActiveMultiTask": "active_multitask",
     "ActiveResult": "active_multitask",
+    "gradient_similarity": "task_baselines",
     "LinearMultiTask": "linear_multitask",
     "NeuralMultiTask": "neural_multitask",
-    "Round": "active_multitask",
-    "gradient_similarity": "task_baselines",
     "oracle_counts": "task_baselines",
     "proportional_counts": "task_baselines",
+    "Round": "active_multitask",
     "target_only": "task_baselines",
     "uniform_counts": "task_baselines",
 }

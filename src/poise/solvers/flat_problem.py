@@ -24,11 +24,10 @@ from poise.coefficient import value_of
 from poise.errors import IncompatibleError, InputError
 from poise.problem import OWN, Problem
 from poise.solvers.curvature import PREFER_DENSE, Curvature, Dense, MatrixFree, RankOne, Zero, as_curvature, check_size
+from poise.structure import PLAIN_READOUTS
 
 KINDS = ("exact", "gauss_newton", "expected_fisher", "fisher", "rank_one", "zero")
 _CORNERED = frozenset({"l1", "absolute_error", "mask_l1", "error_rate"})
-# Readouts that pass on what the model returned. By name, because this room does not know that one.
-_PLAIN = ("poise.readouts.supervised.Classification", "poise.readouts.supervised.Regression")
 Provider = Callable[[Problem, Mapping[str, Tensor]], Any]
 
 
@@ -222,7 +221,7 @@ class FlatProblem:
         layer = model[0] if isinstance(model, nn.Sequential) and len(model) == 1 else model
         if type(layer) is not nn.Linear or len(problem.batches) != 1 or not self._separable:
             return None
-        if f"{type(problem.readout).__module__}.{type(problem.readout).__name__}" not in _PLAIN:
+        if f"{type(problem.readout).__module__}.{type(problem.readout).__name__}" not in PLAIN_READOUTS:
             return None
         batch = problem.batches[0]
         x = batch.get("main", next(iter(batch.values()))).get("input")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from poise.composite import Composite, Solution
 from poise.errors import IncompatibleError, InputError, NonFiniteError
 from poise.objective import Objective
-from poise.penalties import Indicator, Penalty, Scaled, SparseSimplex
-from poise.problem import Problem, Step
+from poise.penalties import Penalty, Scaled
+from poise.problem import Certificate, Problem, Step
+from poise.solvers.projection import ProjectModules
+from poise.structure import composite_of_problem, write_to_layer
 
 
 class ProximalGradient:
@@ -56,22 +58,37 @@ class ProximalGradient:
             )
         self.tol, self.iterations, self.every, self.lr, self.momentum = tol, iterations, every, lr, momentum
         self._moved: dict[str, Tensor] = {}
+        self._project = ProjectModules(None)
 
     # ---- a whole problem ---------------------------------------------------------------------------------------------
 
-    def minimize(self, problem: Composite, start: tuple[Tensor, Tensor] | None = None) -> Solution:
+    @overload
+    def minimize(self, problem: Composite, start: tuple[Tensor, Tensor] | None = None) -> Solution: ...
+
+    @overload
+    def minimize(self, problem: Problem) -> Certificate: ...
+
+    def minimize(
+        self, problem: Composite | Problem, start: tuple[Tensor, Tensor] | None = None
+    ) -> Solution | Certificate:
         """Minimise one problem to a certificate.
 
         Where the penalty is not convex there is more than one place to end: without `start` it begins at 0 and at the minimum of the
         fit alone, and keeps the better end.
 
         Args:
-            problem: the fit and the penalty.
+            problem: the fit and the penalty; or one step of a linear layer, which is left at the minimum.
             start: weights and intercept; 0 by default.
 
         Raises:
+            IncompatibleError: a step of another model, or terms that do not fit one.
             NonFiniteError: the objective is not finite on the way.
         """
+        if isinstance(problem, Problem):
+            composite, layer = composite_of_problem(problem)
+            solved = self.minimize(composite)
+            write_to_layer(layer, solved.coef, solved.intercept)
+            return solved.certificate
         began = time.perf_counter()
         if start is None and not problem.penalty.is_convex:
             ends = [self._from(problem, problem.zeros()), self._from(problem, self._fit_alone(problem))]
@@ -145,11 +162,12 @@ class ProximalGradient:
     def bind(self, model: nn.Module, objective: Objective) -> None:
         """Bring the parameters into the sets that the objective demands."""
         self._moved = {}
+        self._project = ProjectModules(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for term in _terms(objective).values():
                 penalty = proximal_part(term)
-                if isinstance(penalty, Indicator | SparseSimplex):
+                if penalty is not None and penalty.is_set:
                     for p in term.charged(trained).values():
                         p.copy_(penalty.prox(p))
 
@@ -205,6 +223,7 @@ class ProximalGradient:
                     fresh = penalty.prox(_flat(fresh), self.lr * weight).view_as(p)
                 self._moved[name] = fresh - p
                 p.copy_(fresh)
+        self._project()
         return report
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from poise.errors import InputError, nearest
 from poise.objective import Objective
 from poise.parameter_groups import asked_for
 from poise.problem import Certificate, Problem, Step
+from poise.solvers.projection import follow_requests
 
 _NAMES = {
     "adadelta": "Adadelta",
@@ -37,9 +38,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
 NAMED = {
+    "compositional": "poise.solvers.compositional:Compositional",
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
     "newton": "poise.solvers.newton:GradientNormalizedNewton",
     "proximal": "poise.solvers.proximal:ProximalGradient",
+    "sls": "poise.solvers.stochastic_line_search:StochasticLineSearch",
+    "target_surrogate": "poise.solvers.target_surrogate:TargetSurrogate",
 }
 """Solvers of the library's own that text may name, and where each is defined."""
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
@@ -47,6 +51,8 @@ Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 class TorchOptimizer:
     """A `torch.optim` optimiser as a solver.
+
+    Modules that say how their weights are projected (`project_()`, as an `ICNN` does) are projected after every step.
 
     Args:
         optimizer: a name ("sgd", "adamw", "lion", ...), a class, or an object that holds its parameters already.
@@ -74,6 +80,7 @@ class TorchOptimizer:
         self.clip, self.parameter_groups = clip, parameter_groups
         self.optimizer: torch.optim.Optimizer | None = None
         self.options: dict[str, Any] = {}
+        self.requests: Any = None
         if isinstance(optimizer, torch.optim.Optimizer):
             self.optimizer, self.maker = optimizer, type(optimizer)
             if options:
@@ -101,7 +108,13 @@ class TorchOptimizer:
         self.needs = frozenset({"potential"}) if self.closure else frozenset()
 
     def bind(self, model: nn.Module, objective: Objective) -> None:
-        """Make the optimiser over the model's parameters and the objective's own."""
+        """Make the optimiser over the model's parameters and the objective's own, and do at its steps what the model asks for."""
+        self._make(model, objective)
+        if self.requests is not None:  # of a fit before this one
+            self.requests.remove()
+        self.requests = follow_requests(model, self._bound())
+
+    def _make(self, model: nn.Module, objective: Objective) -> None:
         if self.optimizer is not None:
             held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             for group in objective.parameter_groups():

@@ -30,6 +30,9 @@ _RATES = {
     "lion": 3e-4,
     "half_fine_tuning": 0.003,
     "newton": 1.0,
+    "proximal": 0.02,
+    "sls": 1.0,
+    "target_surrogate": 1.0,
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poise.errors import InputError
+from poise.metrics import images
 from poise.quantities import derive
 from poise.tasks.bilevel_task import BilevelTask
 from poise.weights.bilevel.levels import Levels, Tensors
@@ -151,7 +152,7 @@ def foe_denoising(
 
 def psnr(x: Tensor, clean: Tensor) -> float:
     """Return the peak signal-to-noise ratio in decibels, mean over images, for values in [0, 1]."""
-    return float(-10 * (x - clean).square().flatten(1).mean(1).log10().mean())
+    return float(images.psnr(x, clean).mean())
 
 
 def _pairs(corners: Sequence[tuple[int, int]], size: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from poise.errors import InputError
 from poise.objective import Term, Value
 
 _CLASSES = {"logits": "float [batch, classes]", "target": "int64 [batch] | float [batch, classes]"}
-_NUMBERS = {"prediction": "float [batch] | float [batch, outputs]", "target": "float [batch] | float [batch, outputs]"}
+_FORMS = "float [batch] | float [batch, outputs] | float [batch, channels, height, width]"
+_NUMBERS = {"prediction": _FORMS, "target": _FORMS}
 
 
 class CrossEntropy(Term):

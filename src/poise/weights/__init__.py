@@ -15,6 +15,7 @@ _HOME = {
     "exponential": "schedule",
     "rampup": "schedule",
     "piecewise": "schedule",
+    "GammaLadder": "schedule",
     "Constraint": "constraint",
     "ConstraintCurves": "feasibility",
     "Feasibility": "feasibility",

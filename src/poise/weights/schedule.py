@@ -9,6 +9,7 @@ the run for the whole run). With t in [0, 1] the share of the span that is over:
     exponential(start, end)   start * (end / start) ** t
     rampup(end)               end * exp(-5 (1 - t)^2)                      (Laine and Aila, arXiv:1610.02242)
     piecewise((at, value), ...)  the value of the last `at` that is reached
+    gamma_ladder(start, stop)    the same length on each of a few values, halving for instance (arXiv:2310.14344)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _arguments(schedule: Any, positional: int) -> str:
         if position < positional:
             shown.append(text(value))
         elif value != field.default:
-            shown.append(f"{field.name}={text(value)}")
+            shown.append(f"{field.name}={value!r}" if isinstance(value, str) else f"{field.name}={text(value)}")
     return ", ".join(shown)
 
 
@@ -164,10 +165,80 @@ class piecewise(Coefficient):
         return f"piecewise({', '.join(f'({text(at)}, {text(value)})' for at, value in self.pieces)})"
 
 
+@dataclass(frozen=True, repr=False)
+class GammaLadder(Coefficient):
+    """A value that goes down (or up) a ladder of equal steps: `stages` values from `start` to `stop`, both among them.
+
+    geometric    start (stop / start)^(s / (stages - 1)),  s = 0, ..., stages - 1:   8, 4, 2, 1 for start=8, stop=1, stages=4
+    linear       start + (stop - start) s / (stages - 1):                            0.5, 0.4, 0.3, 0.2, 0.1 for five stages
+
+    In a formula it is called `gamma_ladder`, and stands where a term takes a scale (`proximal_matching(gamma=...)`) or before a term.
+
+    Args:
+        start, stop: first and last value, positive.
+        stages: how many values, at least 2.
+        spacing: "geometric" or "linear".
+        steps: length of the whole ladder in optimiser steps; or
+        epochs: its length in passes over the main stream; or neither for what is left of the run.
+        after: where it begins, in the same unit (a share of the run where neither is given). Before that it is `start`.
+
+    Raises:
+        InputError: values that are not positive, fewer than two stages, or a wrong span.
+
+    Example:
+        >>> ladder = GammaLadder(8, 1, stages=4, steps=400)
+        >>> [ladder.value(Clock(step=s)) for s in (0, 99, 100, 399, 1000)]
+        [8.0, 8.0, 4.0, 1.0, 1.0]
+
+    Source: arXiv:2310.14344, appendix (halving in four stages on images, steps of 0.1 on the line).
+    """
+
+    start: float
+    stop: float
+    stages: int = 4
+    spacing: str = "geometric"
+    steps: int | None = None
+    epochs: float | None = None
+    after: float = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start < math.inf and 0 < self.stop < math.inf):
+            raise InputError(
+                f"gamma_ladder: start and stop must be positive, and they are {self.start} and {self.stop}."
+            )
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+            raise InputError(f"gamma_ladder: stages is an integer of at least 2, and it is {self.stages!r}.")
+        if self.spacing not in ("geometric", "linear"):
+            raise InputError(f"gamma_ladder: spacing is 'geometric' or 'linear', and it is {self.spacing!r}.")
+        _check_span("gamma_ladder", self.steps, self.epochs, self.after)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The values, first to last."""
+        shares = [s / (self.stages - 1) for s in range(self.stages - 1)]
+        if self.spacing == "linear":
+            inside = [self.start + (self.stop - self.start) * t for t in shares]
+        else:
+            inside = [self.start * (self.stop / self.start) ** t for t in shares]
+        return (*map(float, inside), float(self.stop))
+
+    def stage(self, clock: Clock) -> int:
+        """Return the number of the value that holds now, from 0."""
+        # A share such as 3 * (1/3) must not fall below the step that it stands for.
+        return min(self.stages - 1, int(self.stages * _share(clock, self.steps, self.epochs, self.after) + 1e-9))
+
+    def value(self, clock: Clock) -> float:
+        return self.values[self.stage(clock)]
+
+    def __str__(self) -> str:
+        return f"gamma_ladder({_arguments(self, 2)})"
+
+
 SCHEDULES: dict[str, Any] = {
     "linear": linear,
     "cosine": cosine,
     "exponential": exponential,
     "rampup": rampup,
     "piecewise": piecewise,
+    "gamma_ladder": GammaLadder,
 }

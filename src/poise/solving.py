@@ -23,9 +23,11 @@ from poise.formula import parse
 from poise.objective import Objective
 from poise.solvers.proximal import ProximalGradient
 from poise.solvers.smooth_composites import MOST_UNKNOWNS, CompositeLBFGS, CompositeNewton, NormalEquations
+from poise.solvers.working_sets import CoordinateDescent
 from poise.structure import composite_of
 
 SOLVERS: dict[str, Callable[..., Any]] = {
+    "coordinate": CoordinateDescent,
     "lbfgs": CompositeLBFGS,
     "newton": CompositeNewton,
     "normal_equations": NormalEquations,
@@ -113,14 +115,20 @@ def minimize(
     return replace(found, reason=reason)
 
 
-STARTED = ("proximal",)
+STARTED = ("coordinate", "proximal")
 """Solvers that can begin at any point."""
+
+MANY_ENTRIES = 50_000
+"""Entries of a dense matrix from which single coordinates are worth their compiled loops; below, all methods take moments."""
 
 
 def choose(problem: Composite) -> tuple[str, str]:
     """Return the name of the solver that fits a problem, and why, in words."""
     smooth = problem.penalty.penalty is None
     unknowns = problem.inputs * (problem.outputs or 1)
+    if not smooth and _by_coordinates(problem):
+        kind = type(problem.penalty.penalty).__name__
+        return "coordinate", f"{kind} makes coordinates 0, and only those that are not need to be visited"
     if not smooth:
         return "proximal", f"{type(problem.penalty.penalty).__name__} has corners, and its proximal map is known"
     if isinstance(problem.datafit, LeastSquares) and not problem.design.sparse and problem.inputs <= MOST_UNKNOWNS:
@@ -129,6 +137,13 @@ def choose(problem: Composite) -> tuple[str, str]:
         return "newton", f"everything is smooth, and a Hessian of {unknowns:,} unknowns is small"
     size = "the inputs are sparse" if problem.design.sparse else f"{unknowns:,} unknowns are too many for a Hessian"
     return "lbfgs", f"everything is smooth, and {size}"
+
+
+def _by_coordinates(problem: Composite) -> bool:
+    large = problem.design.sparse or math.prod(problem.design.shape) >= MANY_ENTRIES
+    inner = problem.penalty.penalty
+    is_set = inner is not None and inner.is_set
+    return large and not is_set and CoordinateDescent().refuses(problem) is None
 
 
 def _arrays(data: Any) -> tuple[Any, Any, Any]:
@@ -190,7 +205,7 @@ def solve_path(
     inner = problem.penalty
     if inner.penalty is None and inner.ridge == 0:
         raise IncompatibleError("The formula has no penalty, so there is no weight to vary along a path.")
-    if inner.penalty is not None and not math.isfinite(float(inner.penalty.value(problem.zeros()[0] + 0.123))):
+    if inner.penalty is not None and inner.penalty.is_set:
         raise IncompatibleError(
             f"{type(inner.penalty).__name__} is a set, which no weight changes, so there is no path."
         )
@@ -198,24 +213,29 @@ def solve_path(
         if factors < 2 or not 0 < smallest < 1:
             raise InputError("A path has at least 2 points, and its smallest weight is a share in (0, 1).")
         top = problem.largest_weight() / inner.weight if inner.weight > 0 else math.inf
-        top = top if math.isfinite(top) and top > 0 else 100.0
+        # a touch above, so that rounding lets nothing in at the first point
+        top = top * (1 + 1e-6) if math.isfinite(top) and top > 0 else 100.0
         factors = [float(f) for f in np.geomspace(top, top * smallest, factors)]
     found: list[PathPoint] = []
+
+    def tell(factor: float, solution: Solution) -> None:
+        active = inner.active(solution.coef)
+        found.append(PathPoint(factor, solution, int((active.any(0) if active.ndim > 1 else active).sum())))
+        if each is not None:
+            each(found[-1])
+
+    name, reason = choose(problem) if solver is None else (solver, "asked for")
+    if name == "coordinate":
+        options = {"tol": tol} if iterations is None else {"tol": tol, "iterations": iterations}
+        made = CoordinateDescent(**options)  # type: ignore[arg-type]
+        made.path(problem, factors, each=lambda factor, solution: tell(factor, replace(solution, reason=reason)))
+        return found
     start = None
     for factor in factors:
         here = problem.at(replace(inner, weight=factor * inner.weight, ridge=factor * inner.ridge))
         convex = here.penalty.is_convex
         solution = minimize(here, solver=solver, tol=tol, iterations=iterations, start=start if convex else None)
-        point = PathPoint(
-            factor,
-            solution,
-            int(here.penalty.active(solution.coef).any(0).sum())
-            if solution.coef.ndim > 1
-            else int(here.penalty.active(solution.coef).sum()),
-        )
-        found.append(point)
-        if each is not None:
-            each(point)
+        tell(factor, solution)
         start = solution.coef, solution.intercept
     return found
 
