@@ -120,5 +120,7 @@ def _sparse(quick: bool) -> Ratio:
     started = time.process_time()
     solve()
     seconds = time.process_time() - started
-    detail = f"p = {p:,}, n = {n:,}, {x.nnz:,} entries, r = 10, centred: {held / 1e6:.0f} MB, five steps {seconds:.1f} s"
+    detail = (
+        f"p = {p:,}, n = {n:,}, {x.nnz:,} entries, r = 10, centred: {held / 1e6:.0f} MB, five steps {seconds:.1f} s"
+    )
     return Ratio("sparse: bytes held / bytes of the dense matrix", held / (8 * p * n), 0.1, "lower", detail)
