@@ -119,7 +119,7 @@ def test_class_weights_raise_the_sensitivity_of_a_rare_class() -> None:
     x, y = digits.data[rows] / 16, y[rows]
     found = []
     for options in ({}, {"class_weight": "balanced"}, {"threshold": "youden"}, {"class_weight": {1: 19.0}}):
-        model = SupervisedDictionary(4, xi=0.01, **options).fit(x, y)
+        model = SupervisedDictionary(4, xi=0.01, tol=1e-5, **options).fit(x, y)
         found.append(binary_report(torch.from_numpy(model.predict(x)).double(), torch.from_numpy(y)).sensitivity)
     assert min(found[1:]) > found[0] + 0.1
     assert found[3] == pytest.approx(found[1], abs=0.05)
