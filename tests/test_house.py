@@ -142,3 +142,21 @@ def test_what_the_command_line_needs_for_its_help_does_not_import_torch() -> Non
 def test_no_file_is_a_drawer_for_everything() -> None:
     for path in files():
         assert path.stem not in ("utils", "util", "common", "helpers", "misc", "base"), path
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*/__init__.py")), ids=lambda p: p.parent.name)
+def test_every_public_name_of_a_room_is_there_once(path: Path) -> None:
+    """A name that is listed twice, or whose file is gone, is found by nobody until somebody asks for it."""
+    import importlib
+
+    room = importlib.import_module(f"poise.{path.parent.name}")
+    listed = [
+        key.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "_HOME"
+        for key in getattr(node.value, "keys", [])
+        if isinstance(key, ast.Constant)
+    ]
+    assert sorted(listed) == sorted(set(listed))
+    for name in listed:
+        assert getattr(room, name) is not None
