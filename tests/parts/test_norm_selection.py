@@ -61,6 +61,13 @@ def test_mask_and_k_are_those_of_a_full_sort(
     assert torch.equal(*kept)  # of equal entries PyTorch keeps any
 
 
+@pytest.mark.parametrize("nearest", [True, False])
+def test_a_row_of_zeros_that_is_asked_for_nothing_gives_one_entry(nearest: bool) -> None:
+    a, t = torch.tensor([[0.0, -1.0, 0.0]]), torch.tensor([0.0])
+    assert norm_mask(a, None, t, nearest=nearest)[1].tolist() == [1]
+    assert norm_selection._by_largest(a, None, t.double(), nearest, 3, math.inf)[1].tolist() == [1]
+
+
 @pytest.mark.parametrize("h", [300, 1000])
 def test_rows_of_many_features_take_the_same_choice(h: int) -> None:
     g = torch.Generator().manual_seed(h)

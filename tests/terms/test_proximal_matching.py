@@ -40,7 +40,7 @@ def test_wide_bumps_are_squared_error() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(gamma=st.floats(0.3, 10), seed=st.integers(0, 99))
+@given(gamma=st.floats(2, 20), seed=st.integers(0, 99))  # below, a far pair has no gradient, which warns
 def test_the_gradient_is_the_error_under_the_bump(gamma: float, seed: int) -> None:
     f, x = pair(seed=seed)
     f.requires_grad_()

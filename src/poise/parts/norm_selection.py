@@ -229,6 +229,8 @@ def _choose(m: int, before: float, after: float, t: float, positive: int, h: int
     Where none crosses, c is largest at the last entry above 0.
     """
     if not nearest:
+        if m == 0 and after >= t * t:  # nothing is above 0, and nothing is asked for
+            return 1
         return m if 0 < m < h else h
     lower, upper = t - before**0.5, abs(after**0.5 - t)
     if m == 0 or m == h:
