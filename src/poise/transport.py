@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -26,6 +25,29 @@ __all__ = ["Formulation", "Method", "Transport", "solve", "transport_value"]
 
 Formulation = Literal["semi_dual", "dual"]
 Method = Literal["lbfgs", "adam"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan and what is said of it, counted in the pass that reads it off the potentials.
+
+    Attributes:
+        plan: float [problems, n, m].
+        beta: float [problems, n], see `Transport.beta`.
+        nonzeros: int64 [problems, n].
+        tie_gap: float [problems, n], the k-th less the next value of a column; infinite where the limit does not act.
+        linear, primal: float [problems], `<T, C>` and `<T, C> + sum Omega(t)`.
+        row_error, column_error: float [problems], L1 distances of the sums from a and b.
+    """
+
+    plan: Tensor
+    beta: Tensor
+    nonzeros: Tensor
+    tie_gap: Tensor
+    linear: Tensor
+    primal: Tensor
+    row_error: Tensor
+    column_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,15 +133,37 @@ class Transport:
         value = (alpha * a).sum(-1) + (beta * b).sum(-1) - conjugate
         return value, torch.cat([a - plan.sum(-2), b - plan.sum(-1)], -1)
 
+    def report(self, alpha: Tensor) -> Report | None:
+        """Read the semi-dual's plan off in one compiled pass, or return None where there are no compiled loops."""
+        loops = self.loops()
+        if loops is None or alpha.dtype != self.cost.dtype:
+            return None
+        cost, a, b, k = self.arrays()
+        plan, lines = torch.zeros_like(self.cost), [torch.empty_like(self.b) for _ in range(2)]
+        nonzeros = torch.empty(self.b.shape, dtype=torch.int64)
+        linear, squares, row_error, column_error = totals = [self.b.new_empty(len(self.b)) for _ in range(4)]
+        outputs = [t.numpy() for t in (plan, lines[0], nonzeros, lines[1], *totals)]
+        loops.read_off(cost, a, b, self.gamma, k, alpha.contiguous().numpy(), *outputs)
+        primal = linear + 0.5 * self.gamma * squares
+        return Report(plan, lines[0], nonzeros, lines[1], linear, primal, row_error, column_error)
+
+    def loops(self) -> Any:
+        """Return the compiled loops where they fit: a squared norm, on a CPU that has numba; else None."""
+        return None if self.entropic or self.cost.device.type != "cpu" else _compiled()
+
+    def arrays(self) -> tuple[Any, Any, Any, int]:
+        """Return cost, a and b as the loops read them, and the limit as a number."""
+        cost, a, b = (t.detach().numpy() for t in (self.cost, self.a, self.b))
+        return cost, a, b, self.cost.shape[-1] if self.k is None else min(self.k, self.cost.shape[-1])
+
     def oracle(self, formulation: Formulation) -> Oracle:
         """Return value and gradient as a function: compiled loops on the CPU, PyTorch elsewhere."""
         plain = self.semi_dual if formulation == "semi_dual" else self.dual
-        compiled = None if self.entropic or self.cost.device.type != "cpu" else _kernels()
-        if compiled is None:
+        loops = self.loops()
+        if loops is None:
             return plain
-        kernel = compiled[formulation]
-        cost, a, b = (t.detach().numpy() for t in (self.cost, self.a, self.b))
-        k = self.cost.shape[-1] if self.k is None else min(self.k, self.cost.shape[-1])
+        kernel = getattr(loops, formulation)
+        cost, a, b, k = self.arrays()
         hint = torch.zeros(b.shape, dtype=torch.int64).numpy()
 
         def fused(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,24 +181,10 @@ def _gradient_of_conjugate(s: Tensor, k: int | None, gamma: float) -> Tensor:
         return torch.autograd.grad(topk_conjugate(leaf, k, gamma).sum(), leaf)[0]
 
 
-@cache
-def _kernels() -> dict[str, Callable[..., None]] | None:
-    """Compile the two oracles, or return None where numba is absent; PyTorch's own operations then do the work."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+def _compiled() -> Any:
+    from poise import transport_loops
 
-    def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(**options, cache=True)(loop)  # type: ignore[no-any-return]
-        except RuntimeError:  # the folder of the package cannot be written and there is no other cache
-            return numba.njit(**options)(loop)  # type: ignore[no-any-return]
-
-    from poise import transport_loops as loops
-
-    return loops.compile_with(compiled)
+    return transport_loops.loops()
 
 
 def checked(
@@ -190,9 +220,9 @@ def checked(
     if k is not None:
         require_count(name, k)
     cost = cost.detach()
-    broken = cost.isnan() | (cost == -torch.inf)
-    if bool(broken.any()):
-        entry = broken.nonzero()[0].tolist()
+    least, most = (float(t) for t in cost.aminmax())  # NaN carries over to both
+    if not least > -float("inf"):
+        entry = (cost.isnan() | (cost == -torch.inf)).nonzero()[0].tolist()
         raise InputError(
             f"{name}: cost must be finite (+inf forbids an entry), and it is {cost[tuple(entry)].item()} at {entry}."
         )
@@ -216,9 +246,11 @@ def checked(
         a, b = b, a
     else:
         matrix = matrix.mT
-    # An entry without mass in its row can hold none.
-    matrix = matrix.masked_fill((a == 0)[:, None, :], torch.inf).contiguous()
-    _require_room(name, matrix, a, b, k if feasible else None, axis)
+    empty = a == 0
+    if bool(empty.any()):  # an entry without mass in its row can hold none
+        matrix = matrix.masked_fill(empty[:, None, :], torch.inf)
+    matrix = matrix.contiguous()
+    _require_room(name, matrix, a, b, k if feasible else None, axis, closed=most == float("inf"))
     return Transport(matrix, a.contiguous(), b.contiguous(), float(gamma), k, entropic)
 
 
@@ -235,7 +267,7 @@ def _mass(name: str, letter: str, mass: Tensor | None, cost: Tensor, length: int
     return mass.expand(*cost.shape[:-2], length).reshape(problems, length)
 
 
-def _require_room(name: str, cost: Tensor, a: Tensor, b: Tensor, k: int | None, axis: str) -> None:
+def _require_room(name: str, cost: Tensor, a: Tensor, b: Tensor, k: int | None, axis: str, closed: bool) -> None:
     sides = ("rows", "columns") if axis == "column" else ("columns", "rows")
     if k is not None:
         needed, places = (a > 0).sum(-1), k * (b > 0).sum(-1)
@@ -247,9 +279,11 @@ def _require_room(name: str, cost: Tensor, a: Tensor, b: Tensor, k: int | None, 
                 f"{name}: infeasible: {int(needed[at])} {sides[0]} have mass, and {columns} {sides[1]} with at most k = {k} "
                 f"nonzeros hold {int(places[at])} (problem {at}). Take k >= {-(-int(needed[at]) // max(columns, 1))}."
             )
-    closed = (b > 0) & (cost == torch.inf).all(-1)
+    if not closed:
+        return
+    shut = (b > 0) & (cost == torch.inf).all(-1)
     blocked = (a > 0) & ((cost == torch.inf) | (b == 0)[..., None]).all(-2)
-    if bool(closed.any()) or bool(blocked.any()):
+    if bool(shut.any()) or bool(blocked.any()):
         raise InputError(f"{name}: infeasible: a row or column has mass, and the cost forbids all of its entries.")
 
 
@@ -274,11 +308,29 @@ def solve(
     if start is None:
         width = problem.a.shape[1] + (problem.b.shape[1] if formulation == "dual" else 0)
         start = problem.a.new_zeros(len(problem.a), width)
+    loops = problem.loops() if method == "lbfgs" and formulation == "semi_dual" else None
+    if loops is not None:
+        return _ascend(problem, loops, start, tolerance, max_iter)
     oracle = problem.oracle(formulation)
     with torch.no_grad():
         if method == "adam":
             return adam(oracle, start, max_iter, lr)
         return lbfgs(oracle, start, tolerance * problem.a.sum(-1), max_iter)
+
+
+def _ascend(problem: Transport, loops: Any, start: Tensor, tolerance: float, max_iter: int) -> Ascent:
+    """Ascend by L-BFGS in compiled loops, one problem after the other."""
+    x = start.detach().to(problem.cost).clone(memory_format=torch.contiguous_format)
+    value, residual = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])
+    iterations = torch.zeros(len(x), dtype=torch.int64)
+    stalled, rises = torch.zeros(len(x), dtype=torch.bool), torch.zeros(max_iter, dtype=x.dtype)
+    outputs = (t.numpy() for t in (value, residual, iterations, stalled, rises))
+    cost, a, b, k = problem.arrays()
+    limits = (tolerance * problem.a.sum(-1)).numpy()
+    loops.ascend(cost, a, b, problem.gamma, k, x.numpy(), limits, max_iter, *outputs)
+    made = int(iterations.max()) if len(x) else 0
+    history = (value.sum() - rises.sum() + rises.cumsum(0))[:made].tolist()
+    return Ascent(x, value, residual, iterations, stalled, history)
 
 
 class _Value(torch.autograd.Function):

@@ -21,7 +21,7 @@ from poise.errors import InputError, PoiseWarning
 from poise.operators import largest
 from poise.problem import Certificate
 from poise.solvers.transport_baselines import LARGEST, linear_program
-from poise.transport import Formulation, Method, Transport, checked, solve
+from poise.transport import Formulation, Method, Report, Transport, checked, solve
 
 __all__ = ["TransportResult", "sparse_transport"]
 
@@ -180,6 +180,7 @@ def sparse_transport(
     parts = _read_off(problem, ascent, formulation, tolerance)
     if repair and k is not None and not bool(parts.met.all()):
         _repair(problem, parts, tolerance, max_iter)
+        parts.report = None
     return _result(problem, parts, ascent, cost, axis, tolerance)
 
 
@@ -194,6 +195,7 @@ class _Parts:
     met: Tensor
     status: list[str]
     chosen: Tensor
+    report: Report | None = None
 
 
 def _start(problem: Transport, warm: TransportResult, formulation: Formulation, axis: str) -> Tensor:
@@ -211,9 +213,12 @@ def _start(problem: Transport, warm: TransportResult, formulation: Formulation, 
 def _read_off(problem: Transport, ascent: Ascent, formulation: Formulation, tolerance: float) -> _Parts:
     m = problem.a.shape[1]
     alpha = ascent.x[:, :m]
+    report = problem.report(alpha) if formulation == "semi_dual" else None
     if formulation == "dual":
         beta = ascent.x[:, m:]
         plan = problem.plan(alpha, beta)
+    elif report is not None:
+        plan, beta = report.plan, report.beta
     else:
         plan = problem.plan(alpha)
         beta = problem.beta(alpha, plan)
@@ -222,8 +227,8 @@ def _read_off(problem: Transport, ascent: Ascent, formulation: Formulation, tole
         "converged" if ok else ("stalled: no ascent along the last gradient" if stuck else "iteration limit")
         for ok, stuck in zip(met.tolist(), ascent.stalled.tolist(), strict=True)
     ]
-    chosen = (plan > 0).sum(-1)
-    return _Parts(plan, alpha.clone(), beta.clone(), ascent.value.clone(), met, status, chosen)
+    chosen = (plan > 0).sum(-1) if report is None else report.nonzeros
+    return _Parts(plan, alpha.clone(), beta.clone(), ascent.value.clone(), met, status, chosen, report)
 
 
 def _repair(problem: Transport, parts: _Parts, tolerance: float, max_iter: int) -> None:
@@ -309,12 +314,9 @@ def _result(
     problem: Transport, parts: _Parts, ascent: Ascent, cost: Tensor, axis: str, tolerance: float
 ) -> TransportResult:
     batch, lines = cost.shape[:-2], problem.b.shape[1]
-    mass = problem.a.sum(-1)
-    row_error = (parts.plan.sum(-2) - problem.a).abs().sum(-1) / mass
-    column_error = (parts.plan.sum(-1) - problem.b).abs().sum(-1) / mass
-    held = parts.plan > 0
-    linear = torch.where(held, problem.cost * parts.plan, 0.0).sum((-2, -1))
-    tie_gap = _tie_gap(problem, parts)
+    report = parts.report or _report(problem, parts)
+    mass, tie_gap = problem.a.sum(-1), report.tie_gap
+    row_error, column_error = report.row_error / mass, report.column_error / mass
     window = (problem.gamma * problem.b).clamp_min(torch.finfo(problem.b.dtype).tiny)
     plan, alpha, beta = parts.plan.mT, parts.alpha, parts.beta
     if axis == "row":
@@ -329,11 +331,11 @@ def _result(
         alpha=back(alpha, cost.shape[-2]),
         beta=back(beta, cost.shape[-1]),
         value=parts.value.reshape(batch),
-        primal=problem.charge(parts.plan).reshape(batch),
-        linear=linear.reshape(batch),
+        primal=report.primal.reshape(batch),
+        linear=report.linear.reshape(batch),
         row_error=row_error.reshape(batch),
         column_error=column_error.reshape(batch),
-        nonzeros=held.sum(-1).reshape(*batch, lines),
+        nonzeros=report.nonzeros.reshape(*batch, lines),
         ties=(tie_gap <= _TIE * window).reshape(*batch, lines),
         tie_gap=tie_gap.reshape(*batch, lines),
         iterations=ascent.iterations.reshape(batch),
@@ -343,6 +345,21 @@ def _result(
     )
     _warn(result)
     return result
+
+
+def _report(problem: Transport, parts: _Parts) -> Report:
+    """Return what the compiled loops report, by PyTorch's operations: of plans that they did not read off."""
+    held = parts.plan > 0
+    return Report(
+        plan=parts.plan,
+        beta=parts.beta,
+        nonzeros=held.sum(-1),
+        tie_gap=_tie_gap(problem, parts),
+        linear=torch.where(held, problem.cost * parts.plan, 0.0).sum((-2, -1)),
+        primal=problem.charge(parts.plan),
+        row_error=(parts.plan.sum(-2) - problem.a).abs().sum(-1),
+        column_error=(parts.plan.sum(-1) - problem.b).abs().sum(-1),
+    )
 
 
 def _tie_gap(problem: Transport, parts: _Parts) -> Tensor:
