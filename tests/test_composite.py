@@ -140,7 +140,7 @@ def test_products_of_a_design():
         assert design.largest_eigenvalue(s) == pytest.approx(float(top), rel=2e-3)
         wide = torch.cat([dense, torch.ones(7, 1, dtype=torch.float64)], 1)
         top = torch.linalg.eigvalsh(wide.T @ (s[:, None] * wide))[-1]
-        assert design.largest_eigenvalue(s, intercept=True) == pytest.approx(float(top), rel=2e-3)
+        assert design.largest_eigenvalue(s, constant=1.0) == pytest.approx(float(top), rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,33 @@ from poise.penalties import L1, Indicator, Scaled, TotalVariation
 from poise.problem import Certificate
 
 
+def as_numbers(values: Any, name: str) -> Tensor:
+    """Return what came as a tensor of real numbers.
+
+    Args:
+        values: a tensor, an array, a table of pandas, or nested lists.
+        name: what they are, in words.
+
+    Raises:
+        InputError: they are text, objects or complex numbers, ragged, or a sparse tensor.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+            array = array.astype(np.float64) if array.dtype == object else array
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The {name} are not one table of numbers: {error}.") from error
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"The {name} are of type {array.dtype}, and numbers are needed. Encode them first.")
+        values = torch.from_numpy(array if array.flags.writeable else array.copy())
+    if values.layout != torch.strided:
+        raise InputError(f"The {name} are a sparse tensor. Give a SciPy sparse matrix, or a dense tensor.")
+    if values.is_complex():
+        raise InputError(f"The {name} are complex, and real numbers are needed.")
+    found: Tensor = values.detach()
+    return found
+
+
 class Design:
     """A matrix of examples `[n, inputs]`, dense or sparse, and the two products that solvers ask of it.
 
@@ -41,14 +68,18 @@ class Design:
         self.sparse = hasattr(x, "tocsc")
         if self.sparse:
             self.matrix: Any = x.tocsc()
-            if not np.issubdtype(self.matrix.dtype, np.floating):
+            if self.matrix.dtype.kind not in "fiub":
+                raise InputError(f"The inputs are of type {self.matrix.dtype}, and real numbers are needed.")
+            if self.matrix.dtype not in (np.float32, np.float64):
                 self.matrix = self.matrix.astype(np.float64)
             finite = bool(np.isfinite(self.matrix.data).all())
             self.dtype, self.device = torch.from_numpy(self.matrix.data[:0]).dtype, torch.device("cpu")
         else:
-            self.matrix = torch.as_tensor(x)
+            self.matrix = as_numbers(x, "inputs")
             if not self.matrix.is_floating_point():
                 self.matrix = self.matrix.double()
+            elif self.matrix.element_size() < 4:  # sums of half precision tell nothing
+                self.matrix = self.matrix.float()
             finite = bool(torch.isfinite(self.matrix).all())
             self.dtype, self.device = self.matrix.dtype, self.matrix.device
         if len(self.matrix.shape) != 2 or 0 in self.matrix.shape:
@@ -92,19 +123,19 @@ class Design:
         found: Tensor = squared.sum(0) if s is None else squared.T @ s
         return found
 
-    def largest_eigenvalue(self, s: Tensor, iterations: int = 100, intercept: bool = False) -> float:
-        """Return that of `X' diag(s) X` (with a column of ones where there is an intercept), by power iteration, from below within 1e-3."""
+    def largest_eigenvalue(self, s: Tensor, iterations: int = 100, constant: float = 0.0) -> float:
+        """Return that of `X' diag(s) X`, X with one more column of that constant, by power iteration, from below within 1e-3."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.shape[1], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
-        v0 = v.new_ones(()) * (1.0 if intercept else 0.0)
+        v0 = v.new_ones(()) * float(constant != 0)
         size = 0.0
         for _ in range(iterations):
             norm = torch.sqrt(v.square().sum() + v0.square())
             if not float(norm) > 0:
                 return 0.0
             v, v0 = v / norm, v0 / norm
-            moved = s * (self.predict(v) + v0)
-            v, v0 = self.correlate(moved), moved.sum() if intercept else v0 * 0
+            moved = s * (self.predict(v) + constant * v0)
+            v, v0 = self.correlate(moved), constant * moved.sum()
             before, size = size, float(torch.sqrt(v.square().sum() + v0.square()))
             if abs(size - before) <= 1e-4 * size:
                 break
@@ -175,17 +206,22 @@ class Composite:
             raise InputError(
                 f"The weight of {datafit.name} must be positive, and it is {weight}: the sum has no bound, or nothing to fit."
             )
-        self.y = datafit.check(torch.as_tensor(y).to(self.design.device))
+        self.y = datafit.check(as_numbers(y, "targets").to(self.design.device))
+        if self.y.ndim not in (1, 2) or 0 in self.y.shape:
+            raise InputError(f"Targets are [rows] or [rows, outputs], and their shape is {tuple(self.y.shape)}.")
         if self.y.is_floating_point():
             self.y = self.y.to(self.design.dtype)
         n = self.design.shape[0]
         if len(self.y) != n:
             raise InputError(f"There are {n} examples and {len(self.y)} targets.")
-        s = torch.ones(n) if sample_weight is None else torch.as_tensor(sample_weight)
+        s = torch.ones(n) if sample_weight is None else as_numbers(sample_weight, "sample weights")
         s = s.to(self.design.device, self.design.dtype)
-        if s.shape != (n,) or not bool(torch.isfinite(s).all()) or bool((s < 0).any()) or not float(s.sum()) > 0:
+        if s.shape != (n,):
+            raise InputError(f"sample_weight is {n} numbers, one for every example; its shape is {tuple(s.shape)}.")
+        if not bool(torch.isfinite(s).all()) or bool((s < 0).any()) or not float(s.sum()) > 0:
             raise InputError(
-                f"sample_weight is {n} numbers that are finite, not negative and not all 0; its shape is {tuple(s.shape)}."
+                "sample_weight must be finite, not negative and not all 0, and "
+                f"{int((~torch.isfinite(s)).sum())} are not finite, {int((s < 0).sum())} negative, {int((s == 0).sum())} are 0."
             )
         self.share = self.weight * s / s.sum()
         self.outputs = datafit.outputs(self.y)
@@ -229,8 +265,18 @@ class Composite:
 
     @cached_property
     def lipschitz(self) -> float:
-        """Smoothness of the fit in the weights and intercept."""
-        return self.datafit.smoothness * self.design.largest_eigenvalue(self.share, intercept=self.intercept)
+        """Smoothness of the fit in the weights and `b / unit`."""
+        constant = self.unit if self.intercept else 0.0
+        return self.datafit.smoothness * self.design.largest_eigenvalue(self.share, constant=constant)
+
+    @cached_property
+    def unit(self) -> float:
+        """What an intercept counts for beside weights, the size of the inputs; in `b / unit` the fit is as steep as in the weights.
+
+        It makes steps and certificates the same whatever unit the inputs have.
+        """
+        size = math.sqrt(self.design.largest_eigenvalue(self.share) / self.weight)
+        return size if size > 0 and math.isfinite(size) else 1.0
 
     @property
     def step_bound(self) -> float:
@@ -239,9 +285,14 @@ class Composite:
 
     @cached_property
     def scale(self) -> float:
-        """The objective at weights of 0 with the best intercept, where tolerances are measured; 1 where that is 0."""
+        """The objective at weights of 0 with the best intercept, where tolerances are measured.
+
+        Where that is 0 up to rounding, as targets are constant, it is the one with an intercept of 0; where that is 0 too, it is 1.
+        """
         w, b = self.zeros()
-        value = float(self.fit_value(self.predict(w, self.settle(self.design.predict(w), b))))
+        alone = self.design.predict(w)
+        raw, value = (float(self.fit_value(alone + c)) for c in (b, self.settle(alone, b)))
+        value = value if value > (64 * torch.finfo(self.design.dtype).eps) ** 2 * raw else raw
         return value if value > 0 and math.isfinite(value) else 1.0
 
     # ---- certificates ------------------------------------------------------------------------------------------------
@@ -287,7 +338,7 @@ class Composite:
         primal = self.fit_value(z) + self.penalty.value(w)
         theta = self.slope(z)
         u = -self.design.correlate(theta)
-        if self.intercept and float(theta.sum(0).abs().max()) > _rounding(theta) * float(theta.abs().sum()):
+        if self.intercept and float(theta.sum(0).abs().max()) > self._rounding(theta, z):
             return math.inf
         share = self.penalty.feasible_share(u)
         if share == 0.0 and float(theta.abs().max()) > 0:
@@ -298,8 +349,14 @@ class Composite:
             return float(primal - dual)
         return float(primal - dual + self.penalty.conjugate(u))
 
+    def _rounding(self, theta: Tensor, z: Tensor) -> float:
+        """Return by how much a sum over the slopes may differ from 0 where it is 0."""
+        near = (1e-9 if theta.dtype == torch.float64 else 1e-5) * theta.abs().sum()
+        share = self.share if z.ndim == 1 else self.share[:, None]
+        return float(near + 8 * torch.finfo(z.dtype).eps * (share * z.abs()).sum())
+
     def distance(self, w: Tensor, b: Tensor, z: Tensor | None = None) -> float:
-        """Return the largest distance of 0 from the subdifferential over entries, blocks and intercepts.
+        """Return the largest distance of 0 from the subdifferential over entries, blocks and intercepts (in `b / unit`).
 
         Where the subdifferential is not known in closed form: `L |w - prox(w - g/L, 1/L)|`, which is 0 where a proximal step of
         that length stays, and `L` is `step_bound`.
@@ -312,7 +369,7 @@ class Composite:
         else:
             length = self.step_bound
             far = length * float((w - self.penalty.prox(w - g / length, 1 / length)).abs().max())
-        return max(far, float(theta.sum(0).abs().max())) if self.intercept else far
+        return max(far, self.unit * float(theta.sum(0).abs().max())) if self.intercept else far
 
     @cached_property
     def certifies_gap(self) -> bool:
@@ -341,13 +398,18 @@ class Composite:
         return self.gap(w, b, z) if self.certifies_gap else self.distance(w, b, z)
 
     def tolerance(self, tol: float) -> float:
-        """Return what the residual must not exceed: `tol` times the objective at 0 for a gap, times the slope there for a distance."""
+        """Return what the residual must not exceed: `tol` times the objective at 0 for a gap, times the slope there for a distance.
+
+        A `tol` below 32 units of rounding counts as that many, and a slope that is rounding alone as it would be without intercept.
+        """
+        precision = torch.finfo(self.design.dtype)
+        tol = max(tol, 32 * precision.eps)
         if self.certifies_gap:
             return tol * self.scale
         w, b = self.zeros()
         z = self.design.predict(w)
-        g = self.design.correlate(self.slope(z + self.settle(z, b)))
-        return tol * max(float(g.abs().max()), torch.finfo(self.design.dtype).tiny)
+        raw, slope = (float(self.design.correlate(self.slope(z + c)).abs().max()) for c in (b, self.settle(z, b)))
+        return tol * max(slope if slope > 64 * precision.eps * raw else raw, precision.tiny)
 
     def largest_weight(self) -> float:
         """Return the least weight of a norm at which all weights are 0; infinite for what is no norm."""
@@ -366,7 +428,8 @@ class Composite:
         value = float(self.fit_value(z) + self.penalty.value(w))
         residual, tolerance = self.residual(w, b, z), self.tolerance(tol)
         met = residual <= tolerance
-        status = "converged" if met else why or "the tolerance was not reached"
+        # a solver's own test may be met where this one is not
+        status = "converged" if met else "the tolerance was not reached" if why in ("", "converged") else why
         if not met:
             warnings.warn(
                 f"{self.measure} {residual:.3g} misses the tolerance {tolerance:.3g}: {status}.",
@@ -398,7 +461,3 @@ def _has_free_directions(penalty: Scaled, zero: Tensor) -> bool:
 def _driver(x: Tensor) -> str | None:
     """Class probabilities add up to 1, so the curvature of softmax intercepts is singular: the least move is asked for."""
     return "gelsd" if x.device.type == "cpu" else None
-
-
-def _rounding(x: Tensor) -> float:
-    return 1e-9 if x.dtype == torch.float64 else 1e-5

@@ -144,7 +144,8 @@ class Logistic(Datafit):
 
     def conjugate(self, v: Tensor, y: Tensor) -> Tensor:
         p = v + y
-        inside = (p >= -1e-12) & (p <= 1 + 1e-12)
+        rounding = 1e-12 if v.dtype == torch.float64 else 1e-6
+        inside = (p >= -rounding) & (p <= 1 + rounding)
         p = p.clamp(0, 1)
         return torch.where(inside, torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p), math.inf)
 
@@ -182,6 +183,7 @@ class Multinomial(Datafit):
 
     def conjugate(self, v: Tensor, y: Tensor) -> Tensor:
         p = v + F.one_hot(y, self.classes).to(v)
-        inside = (p >= -1e-12).all(1) & ((p.sum(1) - 1).abs() <= 1e-9)
+        rounding = 1e-9 if v.dtype == torch.float64 else 1e-5
+        inside = (p >= -1e-3 * rounding).all(1) & ((p.sum(1) - 1).abs() <= rounding)
         p = p.clamp_min(0)
         return torch.where(inside, torch.special.xlogy(p, p).sum(1), math.inf)

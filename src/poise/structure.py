@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.coefficient import Number
-from poise.composite import Composite
+from poise.composite import Composite, as_numbers
 from poise.datafits import Datafit, Multinomial
 from poise.errors import IncompatibleError
 from poise.objective import Objective
@@ -58,7 +58,7 @@ def composite_of(
                 raise IncompatibleError(
                     f"solve reads one fit, and {objective} has {fit[0]!r} and {entry.label!r}. {USE_FIT}"
                 )
-            fit = entry.label, weight, term.datafit(torch.as_tensor(y), classes)
+            fit = entry.label, weight, term.datafit(as_numbers(y, "targets"), classes)
         elif not isinstance(penalty, Penalty):
             raise IncompatibleError(
                 f"{entry.label!r} is neither a fit of a linear model (least_squares, huber, cross_entropy) nor a penalty with a proximal "

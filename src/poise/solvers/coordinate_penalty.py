@@ -327,7 +327,7 @@ def _bounded(inner: Penalty | None, weight: float, ridge: float) -> BoundedElast
     if inner is None or weight == 0:
         return BoundedElasticNet(l2=ridge)
     if isinstance(inner, L1):
-        return BoundedElasticNet(weight if inner.scales is None else weight * inner.scales, ridge)
+        return BoundedElasticNet(weight if inner.scales is None else weight * inner.scales.double(), ridge)
     if isinstance(inner, SquaredL2):
         return BoundedElasticNet(l2=weight + ridge)
     if isinstance(inner, ElasticNet):

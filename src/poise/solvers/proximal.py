@@ -28,8 +28,9 @@ from poise.structure import composite_of_problem, write_to_layer
 class ProximalGradient:
     """Proximal gradient descent.
 
-    minimize    y = x + (t - 1)/t+ (x - x-),   x+ = prox(y - eta grad f(y), eta h)
-                the momentum starts again where `<y - x+, x+ - x> > 0`; without it where h is not convex
+    minimize    x is the weights and b / unit, the intercept in the size of the inputs
+                y = x + (t - 1)/t+ (x - x-),   x+ = prox(y - eta grad f(y), eta h)
+                the momentum starts again where `<y - x+, x+ - x> > 0`, and where h is not convex and P does not fall enough
                 eta halves until f(x+) <= f(y) + <grad f(y), x+ - y> + ||x+ - y||^2 / (2 eta)
     step        x+ = prox(x - lr grad f(x) + momentum (x - x-), lr weight h),   h every term that has a proximal map
 
@@ -42,7 +43,8 @@ class ProximalGradient:
     Raises:
         InputError: an argument is out of range.
 
-    Source: Beck and Teboulle (2009), with the restarts of O'Donoghue and Candes (2015); `step` as in Ochs et al. (2014).
+    Source: Beck and Teboulle (2009), with the restarts of O'Donoghue and Candes (2015), and the monitor of Li and Lin (2015);
+        `step` as in Ochs et al. (2014).
     """
 
     name = "proximal"
@@ -114,14 +116,22 @@ class ProximalGradient:
         else:
             b = problem.settle(problem.design.predict(w), b)
         eta = 1.0 / problem.step_bound
-        tolerance = problem.tolerance(self.tol)
+        tolerance, convex = problem.tolerance(self.tol), problem.penalty.is_convex
         # y is the extrapolated point
         yw, yb, t, history, status = w, b, 1.0, [problem.value(w, b)], ""
-        done = 0
+        done, now = 0, history[0]
         for done in range(1, self.iterations + 1):
             fresh_w, fresh_b, eta = self._move(problem, yw, yb, eta)
-            turned = ((yw - fresh_w) * (fresh_w - w)).sum() + ((yb - fresh_b) * (fresh_b - b)).sum()
-            if bool(turned > 0) or not problem.penalty.is_convex:
+            if not convex:
+                # where momentum does not pay as a plain step would, the plain step is made, so the value only falls
+                moved = (fresh_w - w).square().sum() + ((fresh_b - b) / problem.unit).square().sum()
+                value = problem.value(fresh_w, fresh_b)
+                if t > 1 and value > now - 1e-4 * float(moved) / eta:
+                    fresh_w, fresh_b, eta = self._move(problem, w, b, eta)
+                    value, t = problem.value(fresh_w, fresh_b), 1.0
+                now = value
+            turned = ((yw - fresh_w) * (fresh_w - w)).sum() + ((yb - fresh_b) * (fresh_b - b)).sum() / problem.unit**2
+            if bool(turned > 0):
                 t = 1.0
             t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
             beta = (t - 1) / t_next
@@ -148,9 +158,9 @@ class ProximalGradient:
         gw = problem.design.correlate(slope)
         gb = slope.sum(0) if problem.intercept else torch.zeros_like(yb)
         while True:
-            w, b = problem.penalty.prox(yw - eta * gw, eta), yb - eta * gb
+            w, b = problem.penalty.prox(yw - eta * gw, eta), yb - eta * problem.unit**2 * gb
             dw, db = w - yw, b - yb
-            length = dw.square().sum() + db.square().sum()
+            length = dw.square().sum() + (db / problem.unit).square().sum()
             bound = value + (gw * dw).sum() + (gb * db).sum() + length / (2 * eta)
             rounding = 1e-12 * value.abs() if w.dtype == torch.float64 else 1e-5 * value.abs()
             if bool(problem.fit_value(problem.predict(w, b)) <= bound + rounding) or eta < 1e-300:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,26 +102,44 @@ class NormalEquations:
 
 
 class _Flat:
-    """A composite without corners as a function of one vector, weights first, intercepts after."""
+    """A composite without corners as a function of one vector: weights times the size of their inputs first, intercepts after.
+
+    With `unit_j^2 = (sum_i s_i x_ij^2 + ridge / smoothness) / sum s` no direction is steeper for the unit that an input has.
+    """
 
     def __init__(self, problem: Composite) -> None:
         self.problem = problem
         self.zeros = problem.zeros()
+        squares = problem.design.squared_norms(problem.share) + problem.penalty.ridge / problem.datafit.smoothness
+        unit = (squares / problem.weight).sqrt()
+        self.unit = torch.where(unit > 0, unit, 1.0)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         w, b = self.zeros
-        fresh = x[: w.numel()].view_as(w)
+        fresh = x[: w.numel()].view_as(w) / self.unit
         return fresh, x[w.numel() :].view_as(b) if self.problem.intercept else b
 
     def start(self) -> Tensor:
+        """Return weights of 0 with the best intercept."""
         w, b = self.zeros
-        return torch.cat([w.flatten(), b.flatten()]) if self.problem.intercept else w.flatten()
+        if not self.problem.intercept:
+            return w.flatten()
+        return torch.cat([w.flatten(), self.problem.settle(self.problem.design.predict(w), b).flatten()])
+
+    def goal(self, tol: float, size: Callable[[Tensor], Tensor]) -> float:
+        """Return the size of a gradient at which a certificate of that tolerance is likely met."""
+        w, b = self.zeros
+        raw = torch.cat([w.flatten(), b.flatten()]) if self.problem.intercept else w.flatten()
+        precision = torch.finfo(raw.dtype)
+        at_start, at_zero = (float(size(self.value_and_gradient(x)[1])) for x in (self.start(), raw))
+        tol = max(0.01 * tol, precision.eps)
+        return max(tol * (at_start if at_start > 64 * precision.eps * at_zero else at_zero), precision.tiny)
 
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
         w, b = self.split(x)
         z = self.problem.predict(w, b)
         slope = self.problem.slope(z)
-        g = self.problem.design.correlate(slope) + self.problem.penalty.ridge * w
+        g = (self.problem.design.correlate(slope) + self.problem.penalty.ridge * w) / self.unit
         value = float(self.problem.fit_value(z) + self.problem.penalty.value(w))
         return value, torch.cat([g.flatten(), slope.sum(0).flatten()]) if self.problem.intercept else g.flatten()
 
@@ -129,7 +148,7 @@ class _Flat:
         problem = self.problem
         w, b = self.split(x)
         z = problem.predict(w, b)
-        design = problem.design.matrix
+        design = problem.design.matrix / self.unit
         if problem.intercept:
             design = torch.cat([design, design.new_ones(len(design), 1)], 1)
         width, outputs = design.shape[1], problem.outputs or 1
@@ -145,7 +164,7 @@ class _Flat:
         order = order.flatten().to(design.device)
         matrix = whole.reshape(outputs * width, outputs * width)[order][:, order]
         count = self.zeros[0].numel()
-        matrix.diagonal()[:count].add_(problem.penalty.ridge)
+        matrix.diagonal()[:count].add_((problem.penalty.ridge / self.unit.square()).repeat(outputs))
         return Dense((matrix + matrix.T) / 2, "the Hessian of the fit", semidefinite=True)
 
     def _blocks(self, z: Tensor) -> Tensor:
@@ -182,11 +201,7 @@ class CompositeNewton:
         require_smooth(problem, self.name)
         _require_small(problem, self.name)
         flat = _Flat(problem)
-        goal = (
-            0.01
-            * self.tol
-            * max(float(flat.value_and_gradient(flat.start())[1].norm()), torch.finfo(problem.design.dtype).tiny)
-        )
+        goal = flat.goal(self.tol, torch.linalg.vector_norm)
         newton = GradientNormalizedNewton(gamma0=10.0, backend="cholesky", tol=goal, iterations=self.iterations)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PoiseWarning)  # the composite's own certificate decides
@@ -225,11 +240,12 @@ class CompositeLBFGS:
             value, gradient = flat.value_and_gradient(torch.from_numpy(x).to(start))
             return value, gradient.double().cpu().numpy()
 
-        goal = 0.01 * self.tol * float(flat.value_and_gradient(start)[1].abs().max())
+        goal = flat.goal(self.tol, lambda g: g.abs().max())
         options = {"maxiter": self.iterations, "maxfun": 2 * self.iterations, "gtol": goal, "ftol": 0.0, "maxcor": 20}
         found = minimize(both, start.double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
         x = torch.from_numpy(found.x).to(start)
-        return _finished(problem, flat, x, self.tol, int(found.nit), str(found.message).lower(), self.name, began)
+        why = "" if found.success else f"stopped after {found.nit} iterations: {str(found.message).lower()}"
+        return _finished(problem, flat, x, self.tol, int(found.nit), why, self.name, began)
 
 
 def _finished(

@@ -215,9 +215,8 @@ class CoordinateDescent:
             raise IncompatibleError(refusal)
         structure = _structure(problem, self.positive)
         columns = _columns(problem)
-        search = Search(
-            columns, _loss(problem), structure, problem.intercept, self.tol, self.working_sets, self.iterations
-        )
+        tol = max(self.tol, 32 * torch.finfo(problem.design.dtype).eps)  # as `Composite.tolerance` does
+        search = Search(columns, _loss(problem), structure, problem.intercept, tol, self.working_sets, self.iterations)
         if isinstance(structure, Separable):
             inside = np.clip(0.0, structure.low, structure.high)
             if inside.any():
