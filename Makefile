@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= poise-report
 
-.PHONY: help install compare test test-slow lint bench docs clean install-test install-dev install-docs
+.PHONY: help install compare test test-slow lint bench bench-full docs clean install-test install-dev install-docs
 
 help:  ## print what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,7 +60,10 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## run the benchmarks against their peers and print the ratios
+bench: $(VENV)/.test  ## run every benchmark quickly; write docs/benchmarks.md and the trend; fail if a goal is lost
+	$(BIN)/python -m benchmarks --quick
+
+bench-full: $(VENV)/.test  ## the same at full size, for figures to quote (hours)
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.docs  ## build the documentation site, strictly
