@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= poise-report
 
-.PHONY: help install compare test test-slow lint bench docs clean install-test install-dev install-docs
+.PHONY: help install compare test test-slow lint bench bench-full wheel wheel-test wheel-test-extras wheel-test-lowest docs clean install-test install-dev install-docs
 
 help:  ## print what each target does
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 # torch goes in first, alone and pinned: every later install then keeps that build.
 $(VENV)/.torch: constraints.txt
@@ -60,8 +60,25 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## run the benchmarks against their peers and print the ratios
+bench: $(VENV)/.test  ## run every benchmark quickly; write docs/benchmarks.md and the trend; fail if a goal is lost
+	$(BIN)/python -m benchmarks --quick
+
+bench-full: $(VENV)/.test  ## the same at full size, for figures to quote (hours)
 	$(BIN)/python -m benchmarks
+
+wheel: $(VENV)/.dev  ## build wheel and sdist into dist and check what they hold
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m release.contents dist/*.whl dist/*.tar.gz
+
+wheel-test: wheel  ## install the wheel into a clean environment and try it there
+	$(BIN)/python -m release.install dist/*.whl
+
+wheel-test-extras: wheel  ## the same, and with each extra alone
+	$(BIN)/python -m release.install dist/*.whl --extras
+
+wheel-test-lowest: wheel  ## the same with the lowest versions that pyproject.toml allows
+	$(BIN)/python -m release.install dist/*.whl --lowest
 
 docs: $(VENV)/.docs  ## build the documentation site, strictly
 	$(BIN)/mkdocs build --strict

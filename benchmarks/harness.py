@@ -6,12 +6,45 @@ alternates them, and takes the median of the ratios of neighbours, so that a slo
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+
+
+class Measured(float):
+    """A figure that knows how far it may be off.
+
+    Args:
+        value: the figure.
+        noise: half the width of the interval that holds the true figure about 19 times in 20.
+    """
+
+    noise: float
+
+    def __new__(cls, value: float, noise: float) -> Measured:
+        """Make the float and note its noise."""
+        made = super().__new__(cls, value)
+        made.noise = noise
+        return made
+
+
+def median_of_pairs(ratios: Sequence[float]) -> Measured:
+    """Return the median of the ratios with half the width of its interval.
+
+    interval = [r_(n/2 - 0.98 sqrt(n)), r_(n/2 + 0.98 sqrt(n))], the order statistics that hold the median about 19 times in 20
+
+    Args:
+        ratios: one figure a pair; below six pairs the interval is their whole range.
+    """
+    ranked = sorted(ratios)
+    n = len(ranked)
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    high = min(n - 1, math.ceil(n / 2 + 0.98 * math.sqrt(n)) - 1)
+    return Measured(statistics.median(ranked), (ranked[max(high, low)] - ranked[low]) / 2)
 
 
 @dataclass(frozen=True)
@@ -38,6 +71,11 @@ class Ratio:
         if self.goal is None:
             return None
         return self.value <= self.goal if self.better == "lower" else self.value >= self.goal
+
+    @property
+    def noise(self) -> float | None:
+        """Half the width of the figure's interval, where it came from repeated pairs; else None."""
+        return self.value.noise if isinstance(self.value, Measured) else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +125,7 @@ def paired(
             twos.append(seconds(second, clock))
             ones.append(seconds(first, clock))
     ratios = [a / b for a, b in zip(ones, twos, strict=True)]
-    return Paired(statistics.median(ratios), statistics.median(ones), statistics.median(twos), repeats)
+    return Paired(median_of_pairs(ratios), statistics.median(ones), statistics.median(twos), repeats)
 
 
 @contextmanager
