@@ -38,7 +38,9 @@ def study(shape: str, runs: int, out: Path) -> Study:
         return Study("digits", ["cross_entropy", *searched], 10, label_noise=0.4, tune=trials, out=out)
     seeds = 10
     count = max(2, runs // (3 * seeds))
-    weights = [f"cross_entropy + {1 + number / 100:g}*early_learning + 0.1*confidence_penalty" for number in range(count - 1)]
+    weights = [
+        f"cross_entropy + {1 + number / 100:g}*early_learning + 0.1*confidence_penalty" for number in range(count - 1)
+    ]
     return Study("digits", ["cross_entropy", *weights], seeds, label_noise=0.4, out=out)
 
 

@@ -230,11 +230,12 @@ def _curve(name: str, by_seed: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.nansum(table, axis=0) / np.where(count > 0, count, np.nan)
         variance = np.nansum((table - mean) ** 2, axis=0) / np.where(count > 1, count - 1, np.nan)
-        quantile = {int(n): t_quantile((1 + LEVEL) / 2, int(n) - 1) for n in np.unique(count) if n > 1}
-        half = np.array([quantile.get(int(n), np.nan) for n in count]) * np.sqrt(variance / count)
+        sizes, place = np.unique(count, return_inverse=True)
+        quantiles = [t_quantile((1 + LEVEL) / 2, int(n) - 1) if n > 1 else np.nan for n in sizes]
+        half = np.array(quantiles)[place] * np.sqrt(variance / count)
     return Curve(
         name=name,
-        steps=tuple(int(step) for step in steps),
+        steps=tuple(steps.tolist()),
         mean=_plain(mean),
         lower=_plain(mean - half),
         upper=_plain(mean + half),
