@@ -144,6 +144,8 @@ class Browser:
         while not self.loaded and time.monotonic() < deadline:
             self.run("1")
             time.sleep(0.02)
+        # A page without the script that draws never says that it has.
+        self.wait("typeof Plotly === 'undefined' || document.documentElement.classList.contains('all-drawn')")
         self.run(f"new Promise(done => setTimeout(done, {1000 * settle}))")
 
     def picture(self, path: Path, *, whole: bool = True) -> None:

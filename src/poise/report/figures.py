@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from poise.report import palette
 from poise.report.embed import figure_text
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from poise.studies.intervals import Estimate
     from poise.studies.summary import Curve, Metric, TrialRow
 
+_Any = TypeVar("_Any")
 Figure = dict[str, Any]
 Numbers = tuple[float | None, ...]
 
 POINTS = 500
+DOTS = 100
+"""Most single runs that one row or mark draws; a thousand dots on one line are a line."""
+TRIALS = 1000
+"""Most trials that one figure draws."""
 _HOVER_NAME = 32
 _LETTER = 15  # pixels that a letter at the end of a line needs
 
@@ -164,6 +169,17 @@ def _level_line(height: float) -> dict[str, Any]:
     }
 
 
+def spread(values: Sequence[_Any], most: int) -> Sequence[_Any]:
+    """Return at most so many of the values, evenly from the first to the last.
+
+    >>> spread([1, 2, 3, 4, 5], 3)
+    [1, 3, 5]
+    """
+    if len(values) <= most:
+        return values
+    return [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
+
+
 def wants_logarithm(lines: Sequence[Line]) -> bool:
     """Whether values are all positive and span more than two decades, so that a linear axis would hide most of them."""
     values = [value for line in lines for value in line.mean if value is not None]
@@ -299,7 +315,10 @@ def forest(rows: Sequence[Row], metric: Metric) -> Figure:
     for place, row in enumerate(rows):
         y = -float(place)
         tone = palette.colour(row.formula)
-        seeds = {seed: scale * value for seed, value in row.per_seed.items() if math.isfinite(value)}
+        finite = [(seed, scale * value) for seed, value in row.per_seed.items() if math.isfinite(value)]
+        if len(finite) > DOTS:
+            finite = list(spread(sorted(finite, key=lambda pair: pair[1]), DOTS))
+        seeds = dict(finite)
         data.append(
             {
                 "type": "scatter",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from poise.report import figures, palette, wording
@@ -17,7 +18,7 @@ from poise.report.policies import policies_of, stands_here
 
 if TYPE_CHECKING:
     from poise.studies.intervals import Estimate
-    from poise.studies.summary import Difference, FailedRun, Metric, Summary, TermEffect
+    from poise.studies.summary import Difference, FailedRun, FormulaSummary, Metric, Summary, TermEffect
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,12 @@ class Fact:
     value: str
 
 
+FORMULAS_DRAWN = 24
+"""More lines than this in one figure tell nobody anything; the tables hold all formulas."""
+ROWS_DRAWN = 40
+SEEDS_LISTED = 500
+TRIALS_LISTED = 1000
+
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -190,6 +197,7 @@ class Page:
         )
         self._key = {key.index: key for key in self.keys}
         self.level = f"{100 * summary.level:g} %"
+        self.drawn = self._drawn()
         self.charts: list[Chart] = []
         self.answer = _Answer(summary, self._key)
         self.results = self._metric_table(self.metric)
@@ -214,23 +222,84 @@ class Page:
         self.warnings = list(dict.fromkeys([*summary.warnings, *summary.task.warnings]))
         self.notes = list(dict.fromkeys([*summary.notes, *summary.task.notes]))
 
+    # --- what a large study leaves out of its figures -----------------------------------------------------------------
+
+    def _drawn(self) -> frozenset[int]:
+        """Return the formulas that figures draw: all, or the baseline, the recommended one and the best of the others."""
+        formulas = self.summary.formulas
+        if len(formulas) <= FORMULAS_DRAWN:
+            return frozenset(entry.index for entry in formulas)
+        sign = -1.0 if self.metric.direction == "max" else 1.0
+
+        def rank(entry: FormulaSummary) -> tuple[bool, float]:
+            found = entry.metrics.get(self.metric.name)
+            known = found is not None and math.isfinite(found.mean)
+            return entry.index not in (
+                0,
+                self.summary.recommendation.formula,
+            ), sign * found.mean if found and known else math.inf
+
+        return frozenset(entry.index for entry in sorted(formulas, key=rank)[:FORMULAS_DRAWN])
+
+    def _rows_drawn(self, rows: list[Row]) -> list[Row]:
+        """Return the rows of a forest, or where there are too many the ones furthest from zero for their interval."""
+        if len(rows) <= ROWS_DRAWN:
+            return rows
+
+        def weight(row: Row) -> float:
+            found = row.estimate
+            if not math.isfinite(found.mean) or found.lower is None:
+                return 0.0
+            return abs(found.mean) / max(found.mean - found.lower, 1e-300)
+
+        kept = {id(row) for row in sorted(rows, key=weight, reverse=True)[:ROWS_DRAWN]}
+        return [row for row in rows if id(row) in kept]
+
+    @property
+    def cuts(self) -> list[str]:
+        """What figures and lists leave out, in words; empty for a study of usual size."""
+        said = []
+        formulas, seeds, trials = len(self.summary.formulas), len(self.summary.seeds), len(self.summary.trials)
+        if formulas > FORMULAS_DRAWN:
+            said.append(
+                f"Curves and costs draw {len(self.drawn)} of the {formulas} formulas: the baseline and the best ones on "
+                f"{self.metric.title}. The tables of results hold all."
+            )
+        effects = sum(entry.metric == self.metric.name for entry in self.summary.term_effects)
+        if max(formulas - 1, effects) > ROWS_DRAWN:
+            said.append(f"Figures of differences draw the {ROWS_DRAWN} that stand out most from their intervals.")
+        if seeds > figures.DOTS:
+            said.append(f"Of {seeds:,} seeds, {figures.DOTS} from the lowest to the highest are drawn as dots.")
+        if seeds > SEEDS_LISTED:
+            said.append(f"The list of single runs has the first {SEEDS_LISTED} seeds.")
+        if trials > TRIALS_LISTED:
+            said.append(f"The list of trials has the best of each formula and seed, {TRIALS_LISTED:,} in all.")
+        return [*said, "Every number is in study.sqlite: poise.Study.open(folder) returns it."] if said else []
+
     # --- keys and small cells -----------------------------------------------------------------------------------------
 
     def key(self, index: int) -> Key:
         """Return the key of a formula."""
         return self._key[index]
 
-    def marked(self, text: str) -> list[str | Mention]:
-        """Split a sentence at the formulas it names, so that they can be shown with letter and colour."""
+    @cached_property
+    def _named(self) -> tuple[re.Pattern[str], dict[str, Key]] | None:
         longest_first = sorted((key for key in self.keys if key.text), key=lambda key: -len(key.text))
         if not longest_first:
-            return [text]
-        by_text = {key.text: key for key in reversed(longest_first)}
+            return None
         names = "|".join(re.escape(key.text) for key in longest_first)
+        # A formula inside a longer word or sum is not that formula.
+        pattern = re.compile(rf"(?<![\w*])(?<![*+-] )({names})(?!\w| ?[*+-])")
+        return pattern, {key.text: key for key in reversed(longest_first)}
+
+    def marked(self, text: str) -> list[str | Mention]:
+        """Split a sentence at the formulas it names, so that they can be shown with letter and colour."""
+        if self._named is None:
+            return [text]
+        pattern, by_text = self._named
         parts: list[str | Mention] = []
         met: set[str] = set()
-        # A formula inside a longer word or sum is not that formula.
-        for place, part in enumerate(re.split(rf"(?<![\w*])(?<![*+-] )({names})(?!\w| ?[*+-])", text)):
+        for place, part in enumerate(pattern.split(text)):
             if place % 2:
                 parts.append(Mention(by_text[part], part not in met))
                 met.add(part)
@@ -319,7 +388,7 @@ class Page:
     def _forests(self, prefix: str, rows_of: Callable[[Metric], list[Row]]) -> tuple[Chart, ...]:
         charts: list[Chart] = []
         for metric in self.summary.metrics:
-            rows = rows_of(metric)
+            rows = self._rows_drawn(rows_of(metric))
             if not rows:
                 continue
             said = [
@@ -335,7 +404,7 @@ class Page:
                         says=f"Differences in {metric.title}. " + "; ".join(said) + ".",
                         keys=self._keys_of([row.formula for row in rows]),
                         title=metric.title,
-                        height=96 + 62 * len(rows),
+                        height=96 + (62 if len(rows) <= 20 else 34) * len(rows),
                     )
                 )
             )
@@ -425,7 +494,7 @@ class Page:
         lines = [
             Line.of(formula.index, formula.text, formula.curves[name], scale.factor)
             for formula in self.summary.formulas
-            if name in formula.curves and formula.curves[name].steps
+            if formula.index in self.drawn and name in formula.curves and formula.curves[name].steps
         ]
         lines = [line for line in lines if line.end() is not None]
         if not lines:
@@ -526,12 +595,12 @@ class Page:
                 formula.metrics[self.metric.name],
                 tuple(
                     (run.seconds, run.metrics[self.metric.name])
-                    for run in formula.seeds
+                    for run in figures.spread(formula.seeds, figures.DOTS)
                     if self.metric.name in run.metrics and math.isfinite(run.metrics[self.metric.name])
                 ),
             )
             for formula in self.summary.formulas
-            if formula.seeds and self.metric.name in formula.metrics
+            if formula.index in self.drawn and formula.seeds and self.metric.name in formula.metrics
         ]
         if not points:
             return None
@@ -551,7 +620,11 @@ class Page:
         )
 
     def _trial_charts(self) -> tuple[Chart, ...]:
-        rows = self.summary.trials
+        rows = [row for row in self.summary.trials if row.formula in self.drawn]
+        if len(rows) > figures.TRIALS:
+            chosen = [row for row in rows if row.selected]
+            rest = [row for row in rows if not row.selected]
+            rows = [*figures.spread(rest, max(figures.TRIALS - len(chosen), 2)), *chosen]
         parameters = dict.fromkeys(name for row in rows for name in ("lr", *row.weights))
         charts: list[Chart] = []
         for parameter in parameters:
@@ -638,8 +711,22 @@ class Page:
                 "score": "failed" if row.score is None else wording.value(self.metric, row.score),
                 "selected": row.selected,
             }
-            for row in sorted(self.summary.trials, key=order)
+            for row in self._listed(sorted(self.summary.trials, key=order))
         ]
+
+    @staticmethod
+    def _listed(rows: list[Any]) -> list[Any]:
+        """Return the best trials of each formula and seed, at most so many that the list can still be read; chosen ones always."""
+        if len(rows) <= TRIALS_LISTED:
+            return rows
+        groups: dict[tuple[int, int], int] = {}
+        each = max(1, TRIALS_LISTED // len({(row.formula, row.seed) for row in rows}))
+        kept = []
+        for row in rows:
+            place = groups[row.formula, row.seed] = groups.get((row.formula, row.seed), 0) + 1
+            if place <= each or row.selected:
+                kept.append(row)
+        return kept
 
     def failures(self) -> list[Failure]:
         """Return the failed runs, those of one formula that failed in the same way together."""
@@ -669,7 +756,7 @@ class Page:
                     for formula in self.summary.formulas
                 ],
             }
-            for seed in self.summary.seeds
+            for seed in self.summary.seeds[:SEEDS_LISTED]
         ]
 
     def _data_facts(self) -> list[Fact]:

@@ -8,9 +8,11 @@ leading bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,12 +73,16 @@ def unpack_arrays(data: bytes) -> ArrayCurves:
         position = 4 + length
         grids = []
         for count in header["grids"]:
-            grids.append(np.cumsum(_from_planes(raw, position, count, "<i8")))
+            grids.append(_grid(bytes(_piece(raw, position, 8 * count))))
             position += 8 * count
         curves: ArrayCurves = {}
-        for name, grid in header["curves"]:
-            curves[name] = (grids[grid], _from_planes(raw, position, len(grids[grid]), "<f4"))
-            position += 4 * len(grids[grid])
+        # Neighbours on one grid are decoded in one piece: a run has a dozen of them, a study a hundred thousand.
+        for grid, group in itertools.groupby(header["curves"], key=lambda entry: int(entry[1])):
+            names = [name for name, _ in group]
+            steps = grids[grid]
+            rows = _from_planes(raw, position, len(steps), "<f4", len(names))
+            curves |= {name: (steps, row) for name, row in zip(names, rows, strict=True)}
+            position += 4 * len(steps) * len(names)
     except (zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError) as error:
         raise StoreError(f"The curves of a run are damaged and cannot be read ({error}).") from error
     return curves
@@ -86,7 +92,23 @@ def _planes(array: npt.NDArray[Any]) -> bytes:
     return array.view(np.uint8).reshape(array.size, array.itemsize).T.tobytes()
 
 
-def _from_planes(raw: memoryview, position: int, count: int, dtype: str) -> npt.NDArray[Any]:
+def _from_planes(raw: memoryview, position: int, count: int, dtype: str, arrays: int = 1) -> npt.NDArray[Any]:
+    """Return `arrays` arrays of `count` numbers that lie one after the other, as rows `[arrays, count]`."""
     size = np.dtype(dtype).itemsize
-    planes = np.frombuffer(raw, dtype=np.uint8, count=count * size, offset=position).reshape(size, count)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+    planes = np.frombuffer(raw, dtype=np.uint8, count=arrays * count * size, offset=position)
+    rows = np.ascontiguousarray(planes.reshape(arrays, size, count).transpose(0, 2, 1))
+    return rows.reshape(-1).view(dtype).reshape(arrays, count)
+
+
+def _piece(raw: memoryview, position: int, size: int) -> memoryview:
+    if position + size > len(raw):
+        raise ValueError("a list of steps is cut off")
+    return raw[position : position + size]
+
+
+@lru_cache(maxsize=64)
+def _grid(planes: bytes) -> npt.NDArray[np.int64]:
+    """Return the steps; runs of one study share theirs, so that who compares them sees one object."""
+    steps = np.cumsum(_from_planes(memoryview(planes), 0, len(planes) // 8, "<i8")[0])
+    steps.flags.writeable = False
+    return steps

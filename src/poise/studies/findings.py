@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,6 +31,9 @@ from poise.studies.summary import (
 
 # Beyond this many seeds a curve keeps its mean and band only; nobody reads a hundred lines in one figure.
 _SEEDS_DRAWN = 20
+# Nor do hundreds of formulas keep a line a seed; curves of a few points (what held at the end) always do.
+_LINES_KEPT = 400
+_FEW_POINTS = 8
 
 # Remarks about splits differ from seed to seed by a number; a few of them say it.
 _REMARKS_SHOWN = 5
@@ -71,7 +74,10 @@ def summarize(plan: Plan, task: TaskSummary, curves: CurveReader | None = None) 
     >>> summary = summarize(plan, task, store.curves)          # doctest: +SKIP
     """
     metrics = _metrics(plan, task)
-    formulas = tuple(_formula(plan, index, metrics, curves) for index in range(len(plan.formulas)))
+    tracks: list[list[Track]] = [[] for _ in plan.formulas]
+    for track in plan.tracks:
+        tracks[track.formula].append(track)
+    formulas = tuple(_formula(plan, index, found, metrics, curves) for index, found in enumerate(tracks))
     used = _used(plan)
     sizes = next((dict(record.sizes) for record in used if record.sizes), dict(task.sizes))
     share = sizes["test"] / sizes["train"] if sizes.get("test") and sizes.get("train") else None
@@ -90,7 +96,7 @@ def summarize(plan: Plan, task: TaskSummary, curves: CurveReader | None = None) 
         metrics=metrics,
         differences=differences,
         between=between,
-        term_effects=_term_effects(plan, formulas, metrics),
+        term_effects=_term_effects(plan, formulas, metrics, tracks),
         trials=tuple(row for track in plan.tracks for row in track.trials),
         failed=_failed(plan),
         recommendation=recommend(formulas, primary, differences, between, best, plan, task),
@@ -137,8 +143,9 @@ def _used(plan: Plan) -> list[RunRecord]:
     return list(found.values())
 
 
-def _formula(plan: Plan, index: int, metrics: tuple[Metric, ...], curves: CurveReader | None) -> FormulaSummary:
-    tracks = [track for track in plan.tracks if track.formula == index]
+def _formula(
+    plan: Plan, index: int, tracks: Sequence[Track], metrics: tuple[Metric, ...], curves: CurveReader | None
+) -> FormulaSummary:
     finals = {track.seed: record for track in tracks if (record := _record(plan, track.final)) is not None}
     trials = {row.run for track in tracks for row in track.trials}
     return FormulaSummary(
@@ -149,7 +156,9 @@ def _formula(plan: Plan, index: int, metrics: tuple[Metric, ...], curves: CurveR
         failed_seeds=tuple(track.seed for track in tracks if _has_failed(plan, track)),
         metrics={m.name: _level(m.name, _values(finals.values(), f"test/{m.name}")) for m in metrics},
         valid_metrics={m.name: _level(m.name, _values(finals.values(), f"valid/{m.name}")) for m in metrics},
-        curves=_curves({record.id: seed for seed, record in finals.items()}, curves) if curves else {},
+        curves=_curves({record.id: seed for seed, record in finals.items()}, curves, len(plan.tracks) <= _LINES_KEPT)
+        if curves
+        else {},
         cost=Cost(
             seconds=t_interval([record.seconds for record in finals.values()]).within(0.0, math.inf),
             peak_memory_bytes=t_interval([float(record.peak_memory_bytes) for record in finals.values()]).within(
@@ -184,7 +193,7 @@ def _has_failed(plan: Plan, track: Track) -> bool:
     return bool(track.failure) or (record is not None and record.status == "failed")
 
 
-def _selected(plan: Plan, tracks: Collection[Track]) -> dict[str, dict[int, float]]:
+def _selected(plan: Plan, tracks: Sequence[Track]) -> dict[str, dict[int, float]]:
     if not plan.trials:
         return {}
     chosen: dict[str, dict[int, float]] = {"lr": {}}
@@ -196,16 +205,16 @@ def _selected(plan: Plan, tracks: Collection[Track]) -> dict[str, dict[int, floa
     return chosen
 
 
-def _curves(seeds: Mapping[str, int], read: CurveReader) -> dict[str, Curve]:
-    """Average the curves of one formula over its seeds."""
+def _curves(seeds: Mapping[str, int], read: CurveReader, lines: bool) -> dict[str, Curve]:
+    """Average the curves of one formula over its seeds; with `lines` also keep one line a seed, where they are few."""
     gathered: dict[str, dict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = {}
     for run, curves in read(list(seeds)):
         for name, curve in curves.items():
             gathered.setdefault(name, {})[seeds[run]] = curve
-    return {name: _curve(name, dict(sorted(by_seed.items()))) for name, by_seed in gathered.items()}
+    return {name: _curve(name, dict(sorted(by_seed.items())), lines) for name, by_seed in gathered.items()}
 
 
-def _curve(name: str, by_seed: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Curve:
+def _curve(name: str, by_seed: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]], lines: bool = True) -> Curve:
     grids = [steps for steps, _ in by_seed.values()]
     same = all(grid is grids[0] or np.array_equal(grid, grids[0]) for grid in grids)
     if same:
@@ -221,21 +230,24 @@ def _curve(name: str, by_seed: Mapping[int, tuple[npt.NDArray[Any], npt.NDArray[
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.nansum(table, axis=0) / np.where(count > 0, count, np.nan)
         variance = np.nansum((table - mean) ** 2, axis=0) / np.where(count > 1, count - 1, np.nan)
-        quantile = {int(n): t_quantile((1 + LEVEL) / 2, int(n) - 1) for n in np.unique(count) if n > 1}
-        half = np.array([quantile.get(int(n), np.nan) for n in count]) * np.sqrt(variance / count)
+        sizes, place = np.unique(count, return_inverse=True)
+        quantiles = [t_quantile((1 + LEVEL) / 2, int(n) - 1) if n > 1 else np.nan for n in sizes]
+        half = np.array(quantiles)[place] * np.sqrt(variance / count)
     return Curve(
         name=name,
-        steps=tuple(int(step) for step in steps),
+        steps=tuple(steps.tolist()),
         mean=_plain(mean),
         lower=_plain(mean - half),
         upper=_plain(mean + half),
         per_seed={seed: _plain(row) for seed, row in zip(by_seed, table, strict=True)}
-        if len(by_seed) <= _SEEDS_DRAWN
+        if len(by_seed) <= _SEEDS_DRAWN and (lines or len(steps) <= _FEW_POINTS)
         else {},
     )
 
 
 def _plain(values: npt.NDArray[Any]) -> tuple[float | None, ...]:
+    if not np.isnan(values).any():
+        return tuple(values.tolist())
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 
 
@@ -294,13 +306,14 @@ def _best(differences: Iterable[Difference], primary: Metric) -> int | None:
 
 
 def _term_effects(
-    plan: Plan, formulas: tuple[FormulaSummary, ...], metrics: tuple[Metric, ...]
+    plan: Plan, formulas: tuple[FormulaSummary, ...], metrics: tuple[Metric, ...], of: Sequence[Sequence[Track]]
 ) -> tuple[TermEffect, ...]:
     found: list[TermEffect] = []
+    texts: dict[tuple[int, str], str] = {}
     for metric in metrics:
         rows = []
         for formula in formulas:
-            tracks = [track for track in plan.tracks if track.formula == formula.index and track.reduced]
+            tracks = [track for track in of[formula.index] if track.reduced]
             if len(formula.terms) < 2 or not tracks:
                 continue
             full = _by_seed(formula, metric.name)
@@ -311,7 +324,9 @@ def _term_effects(
                     if record is not None and f"test/{metric.name}" in record.metrics:
                         reduced[track.seed] = record.metrics[f"test/{metric.name}"]
                 per_seed = _paired(full, reduced)
-                without = str(plan.formulas[formula.index].without(label))
+                if (formula.index, label) not in texts:
+                    texts[formula.index, label] = str(plan.formulas[formula.index].without(label))
+                without = texts[formula.index, label]
                 values = list(per_seed.values())
                 rows.append((formula.index, label, without, per_seed, t_interval(values), t_test(values)))
         for row, adjusted in zip(rows, holm([row[5] for row in rows]), strict=True):

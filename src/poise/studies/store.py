@@ -8,10 +8,12 @@ nothing. The schema has a version; older stores are brought up to date in one tr
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -205,12 +207,19 @@ class Store:
                     self._check_format(run, layout)
                     yield run, compact.unpack_arrays(data)
 
-    def records(self, *, curves: bool = False, only: Collection[str] | None = None) -> Iterator[RunRecord]:
+    def records(
+        self,
+        *,
+        curves: bool = False,
+        only: Collection[str] | None = None,
+        known: Mapping[str, RunSpec] | None = None,
+    ) -> Iterator[RunRecord]:
         """Yield all records, oldest first.
 
         Args:
             curves: also read the curves (most of the bytes).
             only: ids to yield; None for all.
+            known: specifications by id, which need not be read again; an id names its content.
         """
         extra = ", curves.format, curves.data" if curves else ", NULL, NULL"
         join = " LEFT JOIN curves ON curves.run = runs.id" if curves else ""
@@ -224,9 +233,9 @@ class Store:
                 rows = self._connection.execute(f"{query} ORDER BY runs.rowid")
             for row in rows:
                 if only is None or row[0] in only:
-                    yield self._record(row)
+                    yield self._record(row, None if known is None else known.get(row[0]))
 
-    def _record(self, row: tuple[Any, ...]) -> RunRecord:
+    def _record(self, row: tuple[Any, ...], known: RunSpec | None) -> RunRecord:
         run, status, spec, metrics, error, seconds, peak, steps, started, detail, context, layout, data = row
         if layout is not None:
             self._check_format(run, layout)
@@ -234,7 +243,7 @@ class Store:
         try:
             return RunRecord(
                 id=run,
-                spec=RunSpec.from_json(spec),
+                spec=RunSpec.from_json(spec) if known is None else known,
                 status=status,
                 error=error,
                 detail=detail,
@@ -244,7 +253,7 @@ class Store:
                 peak_memory_bytes=peak,
                 steps=steps,
                 started=started,
-                **json.loads(context),
+                **_context(context),
             )
         except (ValueError, TypeError, KeyError) as problem:
             raise StoreError(f"Run {run} in {self.path} is damaged and cannot be read ({problem}).") from problem
@@ -282,6 +291,18 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _context(text: str) -> dict[str, Any]:
+    """Read what thousands of runs say in the same words: versions, machine, sizes."""
+    # A record may change its own lists and dictionaries.
+    return {key: copy.copy(value) for key, value in _context_of(text).items()}
+
+
+@lru_cache(maxsize=256)
+def _context_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _explain(path: Path, action: str, error: Exception) -> str:

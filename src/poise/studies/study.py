@@ -276,7 +276,7 @@ class Study:
             study = cls.from_config(config, folder)
             described = _task_from_meta(task)
             plan = study._plan(config, described)
-            plan.feed(store.records())
+            plan.feed(store.records(known=plan.specs))
             return summarize(plan, described, store.curves)
 
     @cached_property
@@ -380,7 +380,7 @@ class Study:
                 store.set_meta("study", self.config.model_dump(mode="json"))
                 store.set_meta("task", dict(vars(described)))
                 # Runs that failed before are tried again: their reason may have been the machine's.
-                plan.feed(record for record in store.records() if record.status == "done")
+                plan.feed(record for record in store.records(known=plan.specs) if record.status == "done")
                 if plan.done == 0:
                     _rehearse(plan, self._objectives)
                 _Session(plan, store, engine, self.folder / CHECKPOINTS, task=described, progress=progress).run()

@@ -50,10 +50,33 @@
 
   const all = () => Object.keys(figures).forEach(draw);
 
+  // Figures near the window are drawn at once, the others when the browser has nothing else to do, one after the other.
+  function open() {
+    const later = [];
+    for (const id of Object.keys(figures)) {
+      const place = document.getElementById(`plot-${id}`);
+      if (place && place.clientWidth && place.getBoundingClientRect().top > 2 * window.innerHeight) later.push(id);
+      else draw(id);
+    }
+    // A window in the background is never idle; half a second is long enough to wait.
+    const idle = (work) =>
+      window.requestIdleCallback ? window.requestIdleCallback(work, { timeout: 500 }) : setTimeout(work, 20);
+    const next = () => {
+      const id = later.shift();
+      if (id === undefined) {
+        document.documentElement.classList.add("all-drawn");
+        return;
+      }
+      if (!document.getElementById(`plot-${id}`).classList.contains("drawn")) draw(id);
+      idle(next);
+    };
+    next();
+  }
+
   if (typeof Plotly === "undefined") {
     document.documentElement.classList.add("no-figures");
   } else {
-    all();
+    open();
     // Plotly measures its texts in an empty drawing of its own.
     document.getElementById("js-plotly-tester")?.setAttribute("aria-hidden", "true");
     dark.addEventListener("change", all);
