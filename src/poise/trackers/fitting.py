@@ -59,7 +59,6 @@ class FitTracker:
             self._tracking.end({"status": status, "reason": reason or "No step was logged.", **self.verdict})
             return
         self._send()
-        last = {name: curve[-1] for name, curve in state.history.items() if curve}
         best = {} if state.best is None else {"best/step": state.best[0], "best/value": state.best[1]}
         found = {
             "status": status,
@@ -68,7 +67,6 @@ class FitTracker:
             "skipped": state.skipped,
             "seconds": state.seconds,
             **best,
-            **{f"last/{name}": value for name, value in last.items()},
         }
         self._tracking.end({**found, **self.verdict})
 

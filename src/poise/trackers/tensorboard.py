@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,14 @@ class Adapter:
 
     def begin(self, run: TrackedRun) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer, self._step = EventFileWriter(str(self._folder / run.group / run.name)), 0
+        folder = self._folder / run.group / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard's usual writer puts the name of the machine here, and writes in a thread that keeps a full disk to itself.
+        file = folder / f"events.out.tfevents.{int(time.time())}.poise.{os.getpid()}"
+        self._writer, self._step = RecordWriter(file.open("ab")), 0
+        self._write(file_version="brain.Event:2")
         self._add(hparams_pb(dict(run.config)))
         self._text("config", _table(run.config))
         self._writer.flush()
@@ -56,9 +62,12 @@ class Adapter:
         self._add(Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]), self._step)
 
     def _add(self, summary: Any, step: int = 0) -> None:
+        self._write(step=step, summary=summary)
+
+    def _write(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
 
 def _table(values: Mapping[str, Scalar]) -> str:

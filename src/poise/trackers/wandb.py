@@ -29,6 +29,8 @@ class Adapter:
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
+            host="hidden",
+            username="hidden",
             save_code=False,
             silent=True,
             x_disable_machine_info=True,
