@@ -77,7 +77,10 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pytest.importorskip("mlflow", reason="the MLflow client is not installed")
-    beside = [Path(prefix) / "mlflow-server" / "bin" / "mlflow" for prefix in (sys.prefix, *sys.path[-1:])]
+    beside = [
+        Path(folder) / "mlflow-server" / "bin" / "mlflow"
+        for folder in (sys.prefix, os.environ.get("VIRTUAL_ENV", sys.prefix))
+    ]
     found = os.environ.get("POISE_MLFLOW") or next((str(path) for path in beside if path.exists()), None)
     command = found or shutil.which("mlflow-server")
     if command is None:

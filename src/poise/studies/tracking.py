@@ -60,7 +60,7 @@ class StudyTracker:
         if not self._tracking:
             return
         role, index, seed = plan.roles[record.id]
-        number = f"{index:02d}-{_plain(record.spec.formula)[:40]}-seed{seed}-{role}-{record.id[:8]}"
+        number = f"{index:02d}-{_plain(record.spec.formula)[:40]}-seed{seed}-{_plain(role)}-{record.id[:8]}"
         config = {
             **record.spec.to_dict(),
             "id": record.id,
