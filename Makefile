@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= poise-report
 
-.PHONY: help install compare test test-slow lint bench bench-full wheel wheel-test wheel-test-extras wheel-test-lowest docs clean install-test install-dev install-docs
+.PHONY: help install compare test test-slow lint bench bench-full wheel wheel-test wheel-test-extras wheel-test-lowest docs clean install-test install-dev install-docs mlflow-server
 
 help:  ## print what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) -e '.[test,data,lm,peers]'
+	$(PIP) -e '.[test,data,lm,trackers,peers]'
 	@# Peers whose own requirements are older than NumPy 2 or ask for torchvision; what is compared with them needs neither.
 	$(PIP) --no-deps dalib boat-torch higher
 	@command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 \
@@ -45,6 +45,12 @@ install-test: $(VENV)/.test
 install-dev: $(VENV)/.dev
 
 install-docs: $(VENV)/.docs
+
+mlflow-server: $(VENV)/mlflow-server/bin/mlflow  ## install an MLflow server for the slow tests, apart: it asks for an older pandas
+
+$(VENV)/mlflow-server/bin/mlflow: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/mlflow-server
+	$(VENV)/mlflow-server/bin/pip install --quiet --disable-pip-version-check 'mlflow>=2.19'
 
 compare: $(VENV)/.installed  ## install, then compare two objectives on digits with 40 % wrong labels
 	$(BIN)/poise compare digits "cross_entropy" "cross_entropy + 3*early_learning" --label-noise 0.4 --seeds 5 --out $(OUT)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "readouts": {"readouts"},
     "metrics": {"metrics"},
     "data": {"data"},
+    "trackers": {"trackers"},
 }
 """Rooms that stand on the files of the root, on themselves, and on what is named here."""
 # The catalogue of terms is what a formula means, and a readout is what a problem runs: the root reads both.
@@ -56,6 +57,9 @@ HEAVY = {
     "jax",
     "optuna",
     "cvxpy",
+    "mlflow",
+    "tensorboard",
+    "wandb",
 }
 WITHOUT_TORCH = (
     "__init__",

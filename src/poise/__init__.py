@@ -47,7 +47,7 @@ _HOME: dict[str, str] = {
 }
 _ROOMS = (
     "after", "claims", "data", "errors", "insight", "metrics", "objective", "operators", "parts", "quantities",
-    "readouts", "recipes", "report", "search", "solvers", "streams", "studies", "tasks", "terms", "weights",
+    "readouts", "recipes", "report", "search", "solvers", "streams", "studies", "tasks", "terms", "trackers", "weights",
 )  # fmt: skip
 
 __all__ = ["__version__", *sorted(_HOME)]

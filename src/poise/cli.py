@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from poise.studies import Study
     from poise.studies.spec import RunSpec
     from poise.tasks.contract import AnySplit, AnyTask
-    from poise.terminal import Terminal
+    from poise.terminal import Journal, Terminal
+    from poise.trackers.fitting import FitTracker
 
 __all__ = ["app", "main"]
 
@@ -52,6 +54,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Log = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Append every event to a file, with its time.")]
+
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="tensorboard[:DIR] | mlflow[:URI] | wandb[:PROJECT]: send curves, settings and verdict there too.",
+    ),
+]
 
 # Options that say how the data are read, and how a run is trained; `compare` and `fit` share them. None means that the
 # library chooses for the data, says so, and writes it down.
@@ -316,6 +327,7 @@ def compare(
     device: Device = "auto",
     precision: Precision = "fp32",
     deterministic: Deterministic = False,
+    tracker: Trackers = None,
     quiet: Quiet = False,
     log: Log = None,
     debug: Debug = False,
@@ -380,10 +392,10 @@ def compare(
             workers=workers,
             threads=threads,
         )
-    return _run_study(prepared, _terminal(quiet), log)
+    return _run_study(prepared, _terminal(quiet), log, tracker)
 
 
-def _run_study(study: Study, terminal: Terminal, log: Path | None) -> int:
+def _run_study(study: Study, terminal: Terminal, log: Path | None, tracker: list[str] | None) -> int:
     """Run what is missing, write the report, print the tables; 1 where a run failed."""
     from poise.report import write_report
     from poise.tables import study_results
@@ -392,7 +404,7 @@ def _run_study(study: Study, terminal: Terminal, log: Path | None) -> int:
     folder = shlex.quote(str(study.folder))
     with Journal(log) as journal, terminal.study(journal) as progress:
         try:
-            result = study.run(progress)
+            result = study.run(progress, tracker=tracker, say=_say_of(terminal, journal))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"What has finished is kept in {folder}. Go on with: poise compare --study {folder}/study.toml"
@@ -407,9 +419,19 @@ def _run_study(study: Study, terminal: Terminal, log: Path | None) -> int:
     return DONE if result.ok else FAILED
 
 
+def _say_of(terminal: Terminal, journal: Journal) -> Callable[[str], None]:
+    """Return what says that a tracker failed: once, also where progress is not shown."""
+
+    def say(sentence: str) -> None:
+        journal.write(f"warning: {sentence}")
+        terminal.err.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
 def _refuse_beside_study(context: typer.Context) -> None:
     """A study.toml says everything; an option beside it would be ignored in silence."""
-    allowed = ("study", "out", "quiet", "log", "debug")
+    allowed = ("study", "out", "tracker", "quiet", "log", "debug")
     given = [
         f"--{name.replace('_', '-')}" if name not in ("data", "formulas") else name
         for name in context.params
@@ -479,6 +501,7 @@ def fit(
     device: Device = "auto",
     precision: Precision = "fp32",
     deterministic: Deterministic = False,
+    tracker: Trackers = None,
     quiet: Quiet = False,
     log: Log = None,
     debug: Debug = False,
@@ -518,10 +541,10 @@ def fit(
         leave_one_out=False,
         threads=threads,
     )
-    return _fit_one(prepared, save, _terminal(quiet), log)
+    return _fit_one(prepared, save, _terminal(quiet), log, tracker)
 
 
-def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | None) -> int:
+def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | None, tracker: list[str] | None) -> int:
     """Train the one run of a study in this process, with a bar and with checkpoints beside the model."""
     import torch
 
@@ -547,18 +570,23 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
     for line in (*task.notes, *(f"warning: {text}" for text in (*task.warnings, *split.warnings))):
         terminal.say(line)
     checkpoints = None if save is None else save.with_name(save.name + ".checkpoints") / spec.id
-    with Journal(log) as journal, terminal.progress(formula) as progress:
-        try:
-            run = train(spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "Nothing was kept; with --save DIR a stopped run goes on where it was."
-                if save is None
-                else "Run the same command again to go on where it was."
-            ) from None
+    with Journal(log) as journal, _tracked(study, spec, tracker, _say_of(terminal, journal)) as tracked:
+        with terminal.progress(formula) as progress:
+            try:
+                run = train(
+                    spec, task, split, folder=checkpoints, report=lambda share: progress(share, ""), tracker=tracked
+                )
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    "Nothing was kept; with --save DIR a stopped run goes on where it was."
+                    if save is None
+                    else "Run the same command again to go on where it was."
+                ) from None
         journal.write(f"trained {run.steps} steps in {run.seconds:.1f} s: {run.stopped}")
-    metrics = split.measure(run, "test")
-    constraints = judge_constraints(run.objective, run.history)
+        metrics = split.measure(run, "test")
+        constraints = judge_constraints(run.objective, run.history)
+        tracked.verdict |= {f"test/{name}": value for name, value in metrics.items()}
+        tracked.verdict |= {f"constraint/{found.label}": found.sentence for found in constraints}
     terminal.print(*fit_results(formula, task, run.seconds, metrics, [found.sentence for found in constraints]))
     for found in constraints:
         if found.warning:
@@ -567,6 +595,17 @@ def _fit_one(study: Study, save: Path | None, terminal: Terminal, log: Path | No
         terminal.print(f"\nSaved:   {save}", *_save(save, run, task, split, spec, metrics, terminal))
         shutil.rmtree(checkpoints.parent, ignore_errors=True)
     return DONE
+
+
+def _tracked(
+    study: Study, spec: RunSpec, tracker: list[str] | None, say: Callable[[str], None]
+) -> AbstractContextManager[FitTracker]:
+    """Return what tells trackers of a single run: its whole specification, and the data's name and size."""
+    from poise.trackers.fitting import track
+
+    task = study.describe()
+    config = {**spec.to_dict(), "id": spec.id, "task": {"name": task.name, "examples": task.examples}}
+    return track(tracker, config=config, say=say)
 
 
 def _save(
@@ -696,6 +735,7 @@ def align(
     device: Device = "auto",
     precision: Precision = "fp32",
     deterministic: Deterministic = False,
+    tracker: Trackers = None,
     quiet: Quiet = False,
     log: Log = None,
     debug: Debug = False,
@@ -719,7 +759,7 @@ def align(
         gradient_checkpointing=gradient_checkpointing, reference=reference, precision=precision, device=device, deterministic=deterministic,
         tune=0, leave_one_out=False, threads=threads or os.cpu_count() or 1,
     )  # fmt: skip
-    return _fit_one(prepared, save, _terminal(quiet), log)
+    return _fit_one(prepared, save, _terminal(quiet), log, tracker)
 
 
 @app.command()

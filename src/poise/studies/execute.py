@@ -33,6 +33,7 @@ from poise.weights.feasibility import judge_constraints, watch
 
 if TYPE_CHECKING:
     from poise.tasks.contract import AnySplit, AnyTask
+    from poise.trackers.fitting import FitTracker
 
 CHECKPOINT_SECONDS = 30.0
 # Short names for what people ask for most; any schedule of the formula language works as well.
@@ -161,10 +162,13 @@ def train(
     *,
     folder: Path | None = None,
     report: Callable[[float], None] | None = None,
+    tracker: FitTracker | None = None,
 ) -> Run:
-    """Train a specification on data that are loaded and split already; arguments as `execute`."""
+    """Train a specification on data that are loaded and split already; arguments as `execute`, and a tracker of the run."""
 
     def show(state: FitState) -> None:
+        if tracker is not None:
+            tracker(state)
         if report is not None:
             report(state.step / max(1, state.steps))
 

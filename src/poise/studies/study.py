@@ -30,6 +30,8 @@ from poise.studies.plan import Plan
 from poise.studies.spec import DataSpec, RunRecord, RunSpec
 from poise.studies.store import Store
 from poise.studies.summary import FailedRun, Summary, TaskSummary
+from poise.studies.tracking import StudyTracker, key_of
+from poise.trackers.opening import Given, open_trackers
 
 if TYPE_CHECKING:
     from poise.objective import Objective
@@ -356,12 +358,20 @@ class Study:
         """Summarise what the folder holds now."""
         return Study.open(self.folder)
 
-    def run(self, progress: ProgressCallback | None = None, engine: Engine | None = None) -> StudyResult:
+    def run(
+        self,
+        progress: ProgressCallback | None = None,
+        engine: Engine | None = None,
+        tracker: Given = None,
+        say: Callable[[str], None] | None = None,
+    ) -> StudyResult:
         """Run what is missing and summarise.
 
         Args:
             progress: called with a `StudyProgress` at the start and end of every run and a few times a second between.
             engine: who runs the runs; None for worker processes on this machine. It is closed at the end.
+            tracker: who is told about runs and verdict, see `poise.trackers.open_trackers`; runs that were stored before are told too.
+            say: takes the one sentence about a tracker that failed; by default it is a `PoiseWarning`.
 
         Returns:
             The result. A failed run does not stop the others; it is listed in `failed`.
@@ -370,8 +380,9 @@ class Study:
             StoreError: another process runs a study on this folder, or the folder cannot be written.
             KeyboardInterrupt: after every finished run was stored; call again to continue.
         """
+        tracking = open_trackers(tracker, say)
         _make_folder(self.folder)
-        with FolderLock(self.folder), Store(self.folder / STORE) as store:
+        with FolderLock(self.folder), Store(self.folder / STORE) as store, contextlib.ExitStack() as ending:
             with contextlib.ExitStack() as stack:
                 engine = stack.enter_context(engine if engine is not None else self._engine(store))
                 described = self.describe()
@@ -383,8 +394,13 @@ class Study:
                 plan.feed(record for record in store.records(known=plan.specs) if record.status == "done")
                 if plan.done == 0:
                     _rehearse(plan, self._objectives)
-                _Session(plan, store, engine, self.folder / CHECKPOINTS, task=described, progress=progress).run()
+                told = StudyTracker(tracking, self.config, described.name, key_of(tracker))
+                ending.callback(told.keep, store)
+                _Session(
+                    plan, store, engine, self.folder / CHECKPOINTS, task=described, progress=progress, told=told
+                ).run()
             summary = summarize(plan, described, store.curves)
+            told.end(summary)
         with contextlib.suppress(OSError):
             (self.folder / CHECKPOINTS).rmdir()
         failed = tuple(run for run in summary.failed if run.role != "trial")
@@ -419,7 +435,9 @@ class _Session:
         *,
         task: TaskSummary,
         progress: ProgressCallback | None,
+        told: StudyTracker,
     ) -> None:
+        self._told = told
         self._plan = plan
         self._store = store
         self._engine = engine
@@ -437,6 +455,7 @@ class _Session:
         self._report("begun", f"{self._plan.planned} runs, {self._reused} of them finished before.")
         try:
             self._submit()
+            self._told.catch_up(self._store, self._plan)
             for event in self._engine.events():
                 self._take(event)
         except KeyboardInterrupt:
@@ -468,6 +487,7 @@ class _Session:
         # Only now is the checkpoint useless: the record is on the disk.
         shutil.rmtree(self._checkpoints / record.id, ignore_errors=True)
         self._plan.feed([record])
+        self._told.tell(record, self._plan)
         if record.status == "done":
             self._spent += self._plan.cost(record.spec)
             self._seconds += record.seconds
