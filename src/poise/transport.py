@@ -10,7 +10,6 @@ Solver, loss and router share what stands here; `poise.solvers.sparse_transport`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
