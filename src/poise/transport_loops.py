@@ -229,8 +229,9 @@ def _list_candidates(
                 top[count] = s
                 index[count] = i
                 count += 1
-                largest = max(largest, s)
-        low = max(low, largest - gamma * b[j] - slack)
+                if s > largest:
+                    largest = s
+                    low = max(low, s - gamma * b[j] - slack)
         start = end
         if count <= room_left - end:
             for c in range(count):  # without a branch, which nobody could predict
