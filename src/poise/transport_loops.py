@@ -24,9 +24,6 @@ _SHORT = 64
 _WIDTH = 128
 """Candidates that are kept of a column; a column with more is gone through as a whole."""
 
-_CHUNK = 32
-"""Entries that are passed over together where none of them is a candidate."""
-
 _MEMORY, _TRIALS = 10, 30
 _DECREASE, _SLOPE, _ROUNDING = 1e-4, 0.9, 1e-13
 """Of the line search; those of `poise.ascent`, whose steps these loops take."""
@@ -95,12 +92,13 @@ def _share_out(count: int, room: float, k: int, top: Any, index: Any) -> tuple[i
             total += top[c]
         theta = (total - room) / count
         kept = 0
-        for c in range(count):
-            if top[c] > theta:
-                top[kept] = top[c]
-                index[kept] = index[c]
-                kept += 1
-        if kept == count or kept == 0:  # kept == 0: the room is lost in rounding
+        for c in range(count):  # without a branch, which nobody could predict
+            value, place = top[c], index[c]
+            top[kept], index[kept] = value, place
+            kept += value > theta
+        if kept == 0:  # the room is lost in rounding, and all values are one
+            return 1, top[0] - room
+        if kept == count:
             break
         count = kept
     if count > k:
@@ -215,47 +213,39 @@ def dual(
 
 
 def _list_candidates(
-    cost: Any, b: Any, gamma: float, slack: float, x: Any, theta: Any, lists: Any, costs: Any, counts: Any, top: Any, index: Any
+    cost: Any, b: Any, gamma: float, slack: float, x: Any, theta: Any, lists: Any, costs: Any, ends: Any, top: Any, index: Any
 ) -> None:  # fmt: skip
-    """List every column's entries within its window and `slack`; a count of -1 says that they are too many to list.
+    """List every column's entries within its window and `slack`, one column after the other; none where they are too many.
 
     `theta` is at most the columns' thresholds at x, so an entry further below it than the slack is not looked at twice.
     """
-    m = len(x)
+    m, room_left, end = len(x), len(lists), 0
     for j in range(len(b)):
-        count = 0
-        low = theta[j] - slack
-        for start in range(0, m, _CHUNK):
-            stop = min(start + _CHUNK, m)
-            hits = 0
-            for i in range(start, stop):
-                hits += x[i] - cost[j, i] >= low
-            if hits == 0:
-                continue
-            for i in range(start, stop):
-                s = x[i] - cost[j, i]
+        low, count = theta[j] - slack, 0
+        largest = -np.inf
+        for i in range(m):
+            s = x[i] - cost[j, i]
+            if s >= low:
                 top[count] = s
                 index[count] = i
-                count += s >= low
-        largest = -np.inf
-        for c in range(count):
-            largest = max(largest, top[c])
-        low = max(low, largest - gamma * b[j] - slack)
-        kept = 0
-        for c in range(count):
-            if top[c] >= low:
-                if kept == lists.shape[1]:
-                    kept = -1
-                    break
-                lists[j, kept] = index[c]
-                costs[j, kept] = cost[j, index[c]]
-                kept += 1
-        counts[j] = kept
+                count += 1
+                if s > largest:
+                    largest = s
+                    low = max(low, s - gamma * b[j] - slack)
+        start = end
+        if count <= room_left - end:
+            for c in range(count):  # without a branch, which nobody could predict
+                lists[end] = index[c]
+                costs[end] = cost[j, index[c]]
+                end += top[c] >= low
+        if end - start > _WIDTH:
+            end = start
+        ends[j] = end
 
 
 def _evaluate(
     cost: Any, a: Any, b: Any, gamma: float, k: int, x: Any, gradient: Any,
-    reference: Any, before: Any, slack: float, theta: Any, lists: Any, costs: Any, counts: Any, top: Any, index: Any,
+    reference: Any, before: Any, slack: float, theta: Any, lists: Any, costs: Any, ends: Any, top: Any, index: Any,
 ) -> tuple[float, float]:  # fmt: skip
     """Write the gradient of the semi-dual of one problem and return its value and the slack.
 
@@ -278,19 +268,23 @@ def _evaluate(
         theta[j] += fallen - 1e-12 * (abs(theta[j]) + abs(fallen)) if theta[j] > -np.inf else 0.0
     if most - least > slack:
         # Steps grow shorter, so the next ones will stay within what this one needed.
-        slack = max(0.5 * (most - least), gamma * b.mean())
-        _list_candidates(cost, b, gamma, slack, x, theta, lists, costs, counts, top, index)
+        slack = max(most - least, gamma * b.mean())
+        _list_candidates(cost, b, gamma, slack, x, theta, lists, costs, ends, top, index)
         reference[:] = x
+    start = 0
     for j in range(len(b)):
         room = gamma * b[j]
         if room <= 0.0:
+            start = ends[j]
             continue
         low, count = theta[j], 0
-        for c in range(counts[j]):
-            s = x[lists[j, c]] - costs[j, c]
+        for c in range(start, ends[j]):
+            place = lists[c]
+            s = x[place] - costs[c]
             top[count] = s
-            index[count] = lists[j, c]
+            index[count] = place
             count += s > low
+        start = ends[j]
         if count == 0:  # a column with too many candidates, or a window lost in rounding
             count = _gather(x, cost[j], -np.inf, room, top, index)
         count, level = _share_out(count, room, k, top, index)
@@ -353,8 +347,8 @@ def ascend(
     problems, m = a.shape
     n = b.shape[1]
     top, index = np.empty(m), np.empty(m, np.int64)
-    lists, counts = np.empty((n, min(m, _WIDTH)), np.int32), np.empty(n, np.int64)
-    costs, theta = np.empty((n, min(m, _WIDTH))), np.empty(n)
+    lists, costs = np.empty(n * min(m, _WIDTH), np.int64), np.empty(n * min(m, _WIDTH))
+    ends, theta = np.empty(n, np.int64), np.empty(n)
     reference, before, direction, point = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
     tried, gradient, following = np.empty(m), np.empty(m), np.empty(m)
     steps, changes = np.empty((_MEMORY, m)), np.empty((_MEMORY, m))
@@ -365,7 +359,7 @@ def ascend(
         before[:] = x
         theta[:] = -np.inf
         slack, scale = 2.0 * gamma * b[row].mean(), 0.0
-        _list_candidates(cost[row], b[row], gamma, slack, x, theta, lists, costs, counts, top, index)
+        _list_candidates(cost[row], b[row], gamma, slack, x, theta, lists, costs, ends, top, index)
         level, slack = _evaluate(
             cost[row],
             a[row],
@@ -380,7 +374,7 @@ def ascend(
             theta,
             lists,
             costs,
-            counts,
+            ends,
             top,
             index,
         )
@@ -421,7 +415,7 @@ def ascend(
                     theta,
                     lists,
                     costs,
-                    counts,
+                    ends,
                     top,
                     index,
                 )

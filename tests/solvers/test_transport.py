@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from poise.ascent import lbfgs
 from poise.errors import InputError, PoiseWarning
 from poise.solvers import entropic_transport, linear_transport, sparse_transport
-from poise.transport import checked
+from poise.transport import checked, solve
 
 
 def problem(m: int = 12, n: int = 9, seed: int = 0, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +36,17 @@ def test_compiled_loops_and_plain_operations_agree(formulation: str, k: int | No
     fused = given.oracle(formulation)(x, which)  # type: ignore[arg-type]
     plain = (given.semi_dual if formulation == "semi_dual" else given.dual)(x, which)
     torch.testing.assert_close(fused, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_the_compiled_ascent_ends_where_the_plain_one_does() -> None:
+    cost, a, b = problem(20, 15, batch=(3,))
+    given = checked("test", cost, a, b, 8, 0.5)
+    start, limit = torch.zeros(3, 20, dtype=torch.float64), torch.full((3,), 1e-9, dtype=torch.float64)
+    plain = lbfgs(given.oracle("semi_dual"), start, limit, 500)
+    compiled = solve(given, tolerance=1e-9)
+    torch.testing.assert_close(compiled.value, plain.value, atol=1e-10, rtol=0)
+    assert len(compiled.history) == int(compiled.iterations.max())
+    assert compiled.history[-1] == pytest.approx(float(compiled.value.sum()))
 
 
 @pytest.mark.parametrize("formulation", ["semi_dual", "dual"])
