@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.call_text import parse_call
-from poise.errors import InputError, nearest
+from poise.errors import IncompatibleError, InputError, nearest
 from poise.objective import Objective
 from poise.parameter_groups import asked_for
 from poise.problem import Certificate, Problem, Step
@@ -88,6 +88,13 @@ class TorchOptimizer:
         elif isinstance(optimizer, str):
             name = optimizer.lower()
             if name not in _NAMES:
+                from poise.solving import SOLVERS
+
+                if name in SOLVERS:
+                    raise IncompatibleError(
+                        f"{name} solves a linear model at once and makes no steps of training: poise.solve(formula, data, "
+                        f"solver={name!r}), or `poise solve`. To train a model with a penalty that has corners use solver='proximal'."
+                    )
                 raise InputError(
                     f"There is no optimiser {optimizer!r}."
                     + (nearest(name, [*_NAMES, *NAMED]) or f" There are: {', '.join([*_NAMES, *NAMED])}.")
