@@ -14,6 +14,7 @@ from poise.datafits import Multinomial
 from poise.errors import IncompatibleError, InputError, PoiseWarning
 from poise.formula import parse
 from poise.penalties import L1, Scaled
+from poise.solvers import QuadraticGraph
 from poise.solving import choose, minimize, solve
 from poise.structure import composite_of
 from poise.training import fit
@@ -202,3 +203,11 @@ def test_training_names_where_solvers_of_linear_models_are(solver):
     data = {"input": torch.zeros(4, 2), "target": torch.tensor([0, 1, 0, 1])}
     with pytest.raises(IncompatibleError, match=f"poise.solve.*solver='{solver}'"):
         fit(torch.nn.Linear(2, 2), parse("cross_entropy"), data, solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("h", "words"), [([[1.0, 2.0], [2.0, 1.0]], "no bound below"), ([[1.0, np.nan], [np.nan, 1.0]], "must be finite")]
+)
+def test_a_quadratic_without_a_minimum_is_refused(h, words):
+    with pytest.raises(InputError, match=words):
+        QuadraticGraph(torch.tensor(h, dtype=torch.float64), torch.ones(2))
