@@ -11,10 +11,13 @@ import torch
 
 from poise.composite import Composite
 from poise.datafits import Multinomial
-from poise.errors import InputError, PoiseWarning
+from poise.errors import IncompatibleError, InputError, PoiseWarning
+from poise.formula import parse
 from poise.penalties import L1, Scaled
+from poise.solvers import QuadraticGraph
 from poise.solving import choose, minimize, solve
 from poise.structure import composite_of
+from poise.training import fit
 from test_solve import classes, regression
 
 UNITS = (1e-12, 1e-6, 1e6, 1e12)
@@ -155,7 +158,7 @@ def test_bounds_of_many_coordinates_are_met_by_coordinates_where_that_is_safe(fi
     g = np.random.default_rng(0)
     x = g.normal(size=(300, 200))
     y = x[:, :5].sum(1) + 0.1 * g.normal(size=300)
-    problem = composite_of(__import__("poise").parse(f"{fit} + nonnegative"), x, y)
+    problem = composite_of(parse(f"{fit} + nonnegative"), x, y)
     assert choose(problem)[0] == ("coordinate" if fit == "least_squares" else "proximal")
     found, other = minimize(problem), minimize(problem, solver="proximal")
     torch.testing.assert_close(found.coef, other.coef, atol=1e-6, rtol=0)
@@ -174,3 +177,37 @@ def test_penalties_that_bend_are_met_in_few_steps(penalty):
     found = solve(f"cross_entropy + 0.05*{penalty}", (x, y))
     assert found.certificate.converged
     assert found.certificate.iterations < 3000
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("fit", ["least_squares", "huber(delta=0.5)", "cross_entropy"])
+def test_a_box_without_end_has_a_gap(fit, intercept, sparse):
+    x, y = classes() if fit == "cross_entropy" else regression()
+    problem = composite_of(parse(f"{fit} + nonnegative"), scipy.sparse.csr_matrix(x) if sparse else x, y, intercept)
+    found = minimize(problem, solver="proximal", tol=1e-10)
+    rough = minimize(problem, solver="proximal", tol=1e-3)
+    assert -1e-12 < problem.gap(found.coef, found.intercept) < 1e-8 * problem.scale
+    above = rough.certificate.value - found.certificate.value
+    assert above - 1e-12 <= problem.gap(rough.coef, rough.intercept)
+
+
+def test_weights_that_leave_one_class_are_refused():
+    x, y = classes()
+    with pytest.raises(InputError, match="one class"):
+        solve("cross_entropy + 0.1*l1", (x, y), sample_weight=(y == 1) * 1.0)
+
+
+@pytest.mark.parametrize("solver", ["coordinate", "block_coordinate", "normal_equations"])
+def test_training_names_where_solvers_of_linear_models_are(solver):
+    data = {"input": torch.zeros(4, 2), "target": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(IncompatibleError, match=f"poise.solve.*solver='{solver}'"):
+        fit(torch.nn.Linear(2, 2), parse("cross_entropy"), data, solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("h", "words"), [([[1.0, 2.0], [2.0, 1.0]], "no bound below"), ([[1.0, np.nan], [np.nan, 1.0]], "must be finite")]
+)
+def test_a_quadratic_without_a_minimum_is_refused(h, words):
+    with pytest.raises(InputError, match=words):
+        QuadraticGraph(torch.tensor(h, dtype=torch.float64), torch.ones(2))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from poise.datafits import Datafit
 from poise.errors import InputError, PoiseWarning
+from poise.operators import Box
 from poise.penalties import L1, Indicator, Scaled, TotalVariation
 from poise.problem import Certificate
 
@@ -112,6 +113,13 @@ class Design:
         else:
             found = self.matrix.T @ r
         return found if r.ndim == 1 else found.T
+
+    def columns(self, at: Tensor) -> Tensor:
+        """Return some columns, dense."""
+        if self.sparse:
+            return torch.from_numpy(self.matrix[:, at.numpy()].toarray())
+        found: Tensor = self.matrix[:, at]
+        return found
 
     def squared_norms(self, s: Tensor | None = None) -> Tensor:
         """Return `sum_i s_i x_ij^2` for every input j."""
@@ -223,6 +231,8 @@ class Composite:
                 "sample_weight must be finite, not negative and not all 0, and "
                 f"{int((~torch.isfinite(s)).sum())} are not finite, {int((s < 0).sum())} negative, {int((s == 0).sum())} are 0."
             )
+        if bool((s == 0).any()):
+            datafit.check(self.y[s > 0])  # what counts may be of one class
         self.share = self.weight * s / s.sum()
         self.outputs = datafit.outputs(self.y)
 
@@ -338,6 +348,12 @@ class Composite:
         primal = self.fit_value(z) + self.penalty.value(w)
         theta = self.slope(z)
         u = -self.design.correlate(theta)
+        if isinstance(self.penalty.penalty, Indicator) and not math.isfinite(float(self.penalty.conjugate(u))):
+            z_inside = self._inside(z, u)
+            if z_inside is None:
+                return math.inf
+            z, theta = z_inside, self.slope(z_inside)
+            u = -self.design.correlate(theta)
         if self.intercept and float(theta.sum(0).abs().max()) > self._rounding(theta, z):
             return math.inf
         share = self.penalty.feasible_share(u)
@@ -348,6 +364,39 @@ class Composite:
             # on the border of the domain the conjugate of a norm is 0
             return float(primal - dual)
         return float(primal - dual + self.penalty.conjugate(u))
+
+    def _inside(self, z: Tensor, u: Tensor, rounds: int = 10, most: int = 1000) -> Tensor | None:
+        """Return predictions near z whose slopes pull no weight past all bounds, so that the dual of a box without end is finite.
+
+        Newton's move along the columns that are pulled so, and the intercept, to where they are pulled back by a rounding; None for
+        boxes with two open sides, several outputs, more than `most` columns, or where `rounds` do not end it.
+        """
+        region = self.penalty.penalty.region if isinstance(self.penalty.penalty, Indicator) else None
+        if not isinstance(region, Box) or z.ndim > 1:
+            return None
+        lower, upper = (edge.expand_as(u) for edge in region._bounds(u))
+        chosen, start, first = torch.zeros_like(u, dtype=torch.bool), z, u
+        ones = torch.ones_like(z)[:, None] if self.intercept else torch.ones_like(z)[:, None][:, :0]
+        pull = self.slope(z)
+        margin = 64 * torch.finfo(u.dtype).eps * self.design.squared_norms().sqrt() * torch.linalg.vector_norm(pull)
+        for _ in range(rounds):
+            open_up, open_down = (u > 0) & (upper == math.inf), (u < 0) & (lower == -math.inf)
+            if not bool((open_up | open_down).any()):
+                return z
+            chosen |= open_up | open_down
+            at = chosen.nonzero()[:, 0]
+            if len(at) > most or bool(((upper == math.inf) & (lower == -math.inf))[at].any()):
+                return None
+            columns = torch.cat([self.design.columns(at), ones], 1)
+            curvature = self.share * self.datafit.curvature(start, self.y)
+            back = torch.where(upper[at] == math.inf, margin[at], -margin[at])
+            wanted = torch.cat([first[at] + back, -pull.sum()[None] if self.intercept else back[:0]])
+            move = torch.linalg.lstsq(columns.T @ (curvature[:, None] * columns), wanted[:, None]).solution[:, 0]
+            z = start + columns @ move
+            u = -self.design.correlate(self.slope(z))
+            # a curved fit lands beside the aim; the next round starts there
+            start, first, pull = z, u, self.slope(z)
+        return None
 
     def _rounding(self, theta: Tensor, z: Tensor) -> float:
         """Return by how much a sum over the slopes may differ from 0 where it is 0."""

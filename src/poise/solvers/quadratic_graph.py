@@ -48,6 +48,16 @@ class QuadraticGraph:
             raise InputError(
                 f"QuadraticGraph: h must be positive semidefinite, and its diagonal is {diagonal.min():g} at {int(diagonal.argmin())}."
             )
+        if not np.isfinite(self.data).all() or not bool(torch.isfinite(self.b).all()):
+            raise InputError("QuadraticGraph: h and b must be finite, and they hold numbers that are not.")
+        entries = self.h.tocoo()
+        over = entries.data**2 > (1 + 1e-9) * diagonal[entries.row] * diagonal[entries.col]
+        if check and over.any():
+            i, j = int(entries.row[over][0]), int(entries.col[over][0])
+            raise InputError(
+                f"QuadraticGraph: h must be positive semidefinite, and h[{i}, {j}]^2 exceeds h[{i}, {i}] h[{j}, {j}], so the "
+                "function has no bound below."
+            )
         if check and abs(self.h - self.h.T).max() > 1e-12 * abs(self.h).max():
             raise InputError("QuadraticGraph: h must be symmetric, and it is not. Give (h + h.T) / 2.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.call_text import parse_call
-from poise.errors import InputError, nearest
+from poise.errors import IncompatibleError, InputError, nearest
 from poise.objective import Objective
 from poise.parameter_groups import asked_for
 from poise.problem import Certificate, Problem, Step
@@ -37,6 +37,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     # PyTorch's own tolerances stop before a certificate at 1e-6 is reached.
     "lbfgs": {"lr": 1.0, "line_search_fn": "strong_wolfe", "tolerance_grad": 1e-9, "tolerance_change": 1e-14},
 }
+AT_ONCE = ("block_coordinate", "coordinate", "normal_equations")
+"""Solvers of `poise.solve` that have no step of training."""
 NAMED = {
     "compositional": "poise.solvers.compositional:Compositional",
     "half_fine_tuning": "poise.solvers.half_fine_tuning:HalfFineTuning",
@@ -88,6 +90,11 @@ class TorchOptimizer:
         elif isinstance(optimizer, str):
             name = optimizer.lower()
             if name not in _NAMES:
+                if name in AT_ONCE:
+                    raise IncompatibleError(
+                        f"{name} solves a linear model at once and makes no steps of training: poise.solve(formula, data, "
+                        f"solver={name!r}), or `poise solve`. To train a model with a penalty that has corners use solver='proximal'."
+                    )
                 raise InputError(
                     f"There is no optimiser {optimizer!r}."
                     + (nearest(name, [*_NAMES, *NAMED]) or f" There are: {', '.join([*_NAMES, *NAMED])}.")
