@@ -119,11 +119,15 @@ def _once(name: str, chosen: argparse.Namespace) -> trend.Line:
 
 def _printed(ratio: trend.Line) -> str:
     """One row for the terminal: figure, goal, whether it is met."""
-    value = "not finite" if ratio["value"] is None else f"{ratio['value']:.3f}"
+    value = (
+        "not finite"
+        if ratio["value"] is None
+        else f"{ratio['value']:.3f}" + (f" ± {ratio['noise']:.2g}" if ratio.get("noise") else "")
+    )
     goal = "" if "goal" not in ratio else f"{'<=' if ratio['better'] == 'lower' else '>='} {ratio['goal']:g}"
     status = {"met": "met", "missed": "NOT MET", "near": "NOT MET, within the noise", "lost": "NO LONGER MET"}
     return (
-        f"  {ratio['name']:<62} {value:>10}  {goal:>9}  {status.get(ratio.get('status', ''), ''):<7}"
+        f"  {ratio['name']:<62} {value:>16}  {goal:>9}  {status.get(ratio.get('status', ''), ''):<7}"
         f"  {ratio.get('detail', '')}"
     )
 

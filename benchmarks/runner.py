@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUSY = 0.25
 """Cores that other processes keep busy, from which on a row is marked."""
+TAIL = 30
+"""Lines of a failed benchmark's own output that the terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def names(folder: Path = HERE) -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
 
 
-def run(name: str, quick: bool, limit: float, folder: Path = HERE, quiet: bool = False) -> Outcome:
+def run(name: str, quick: bool, limit: float, folder: Path = HERE) -> Outcome:
     """Run one benchmark; what goes wrong in it becomes the outcome's reason, whatever it is.
 
     Args:
@@ -62,22 +64,25 @@ def run(name: str, quick: bool, limit: float, folder: Path = HERE, quiet: bool =
         quick: fewer repeats and smaller sizes.
         limit: seconds after which it is ended, with every process that it started.
         folder: where its file lies.
-        quiet: keep its own output from the terminal.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "benchmarks.child", str(folder), name, str(result), *(["--quick"] * quick)]
-        output = subprocess.DEVNULL if quiet else None
         began, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
-        # A session of its own, so that the limit ends its workers too.
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=output, stderr=output)
-        try:
-            status = process.wait(limit)
-            reason = "" if status == 0 else f"ended with exit status {status}"
-        except subprocess.TimeoutExpired:
-            reason = f"took more than {limit:g} s"
-        finally:
-            _end(process)
+        with (Path(scratch) / "output").open("w+", encoding="utf-8", errors="replace") as output:
+            # A session of its own, so that the limit ends its workers too.
+            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=output, stderr=output)
+            try:
+                status = process.wait(limit)
+                reason = "" if status == 0 else f"ended with exit status {status}"
+            except subprocess.TimeoutExpired:
+                reason = f"took more than {limit:g} s"
+            finally:
+                _end(process)
+            if reason:
+                # What a benchmark says by the way matters only when it fails.
+                output.seek(0)
+                print(*output.readlines()[-TAIL:], sep="", file=sys.stderr, flush=True)
         seconds = time.perf_counter() - began
         others = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / seconds
         written: dict[str, Any] = {}

@@ -54,12 +54,15 @@ def history(*values: float, **more: Any) -> list[dict[str, Any]]:
     return lines
 
 
-def test_one_broken_benchmark_loses_no_other_and_fails_the_run(tmp_path: Path) -> None:
+def test_one_broken_benchmark_loses_no_other_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench(tmp_path, "absent", "import a_peer_that_is_absent\n")
     bench(tmp_path, "crash", "import os\ndef run(quick):\n    os._exit(3)\n")
     bench(tmp_path, "file", "def run(quick):\n    open('/some/folder/of/somebody/x.csv')\n")
     figure(tmp_path, "good", 0.5)
     assert run(tmp_path, "--quick") == 1
+    assert "ModuleNotFoundError" in capsys.readouterr().err
     lines = {found["benchmark"]: found for found in trend.read(tmp_path / "trend.jsonl")}
     assert lines["good"]["ratios"][0]["status"] == "met"
     assert "a_peer_that_is_absent" in lines["absent"]["reason"]
@@ -73,7 +76,7 @@ def test_the_limit_ends_a_benchmark_with_its_workers(tmp_path: Path) -> None:
     worker = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
     start = f"subprocess.Popen([sys.executable, '-c', {worker!r}])"
     bench(tmp_path, "slow", f"import subprocess, sys, time\ndef run(quick):\n    {start}\n    time.sleep(60)\n")
-    outcome = runner.run("slow", True, 1.0, tmp_path, quiet=True)
+    outcome = runner.run("slow", True, 1.0, tmp_path)
     assert outcome.reason == "took more than 1 s"
     assert outcome.seconds < 30
     time.sleep(2.2)
