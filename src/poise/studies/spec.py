@@ -226,7 +226,7 @@ def _changed(spec: DataSpec | RunSpec) -> dict[str, Any]:
 
 
 @cache
-def _defaults(kind: type[DataSpec | RunSpec]) -> tuple[tuple[str, Any], ...]:
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
     """Return the fields with their defaults; asked for twice a run, in studies of thousands of runs."""
     return tuple(
         (item.name, item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default)
