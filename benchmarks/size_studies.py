@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from poise.studies import Store, Study
-from poise.studies.plan import Plan
 from poise.studies.spec import Curves, RunRecord, RunSpec
 
 TERMS = ("cross_entropy", "early_learning", "confidence_penalty", "l2")
@@ -102,8 +101,3 @@ def _curves(spec: RunSpec, generator: np.random.Generator) -> Curves:
             values = 0.3 + fall + 0.05 * generator.normal(size=POINTS)
         curves[name] = (steps, values.tolist())
     return curves
-
-
-def planned(made: Study) -> Plan:
-    """Return the plan of a study, to count its runs."""
-    return made.plan()

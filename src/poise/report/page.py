@@ -274,7 +274,7 @@ class Page:
             said.append(f"The list of single runs has the first {SEEDS_LISTED} seeds.")
         if trials > TRIALS_LISTED:
             said.append(f"The list of trials has the best of each formula and seed, {TRIALS_LISTED:,} in all.")
-        return [*said, "Every number is in study.sqlite: poise.Study.open(folder) returns it."] if said else []
+        return [*said, "Every number is in study.sqlite: poise.studies.Study.open(folder) returns it."] if said else []
 
     # --- keys and small cells -----------------------------------------------------------------------------------------
 

@@ -18,5 +18,5 @@ def check_memory(needed: int, what: str) -> None:
     if needed > free:
         raise InputError(
             f"{what} would need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. Give a "
-            "smaller file or fewer columns."
+            "smaller file or fewer columns, fewer rows (limit=), or stream the file through a DataLoader (docs/your-data.md)."
         )
