@@ -20,6 +20,8 @@ from poise.errors import StoreError
 from poise.studies.spec import Curves
 
 FORMAT = 1
+# Of the curves of one run, unpacked: far beyond any real run, and what a damaged or hostile store may take at most.
+_MOST_BYTES = 256 << 20
 ArrayCurves = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
@@ -65,19 +67,33 @@ def unpack_arrays(data: bytes) -> ArrayCurves:
         StoreError: the bytes are damaged.
     """
     try:
-        raw = memoryview(zlib.decompress(data))
+        unpacking = zlib.decompressobj()
+        raw = memoryview(unpacking.decompress(data, _MOST_BYTES))
+        if not unpacking.eof:
+            raise ValueError(f"they end too early, or hold more than {_MOST_BYTES:,} bytes")
         (length,) = struct.unpack_from("<I", raw)
         header = json.loads(bytes(raw[4 : 4 + length]))
         position = 4 + length
         grids = []
         for count in header["grids"]:
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"a curve of {count!r} steps")
             grids.append(np.cumsum(_from_planes(raw, position, count, "<i8")))
             position += 8 * count
         curves: ArrayCurves = {}
         for name, grid in header["curves"]:
             curves[name] = (grids[grid], _from_planes(raw, position, len(grids[grid]), "<f4"))
             position += 4 * len(grids[grid])
-    except (zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError) as error:
+    except (
+        zlib.error,
+        struct.error,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise StoreError(f"The curves of a run are damaged and cannot be read ({error}).") from error
     return curves
 
