@@ -771,12 +771,18 @@ def predict(
         Path | None, typer.Option("--out", metavar="FILE", help="Where the CSV goes; standard output by default.")
     ] = None,
     device: Device = "auto",
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Also run the factory that a saved model names; only for folders that you trust."
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> int:
     """Predict new rows with a kept model: a CSV with the prediction and, for classes, every probability."""
     from poise.saved import SavedModel
 
-    predictions = SavedModel.load(folder).predict(data, device=device)
+    predictions = SavedModel.load(folder, allow_code=allow_code).predict(data, device=device)
     if out is None:
         predictions.write_csv(sys.stdout)
         return DONE

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from poise._version import __version__
 from poise.errors import InputError, StoreError
 from poise.readouts import Classification, Regression
+from poise.spreadsheet import harmless
 from poise.training import Run, choose_device, predict
 
 if TYPE_CHECKING:
@@ -54,14 +56,17 @@ class Predictions:
     classes: tuple[str, ...] | None = None
 
     def write_csv(self, file: IO[str]) -> None:
-        """Write a header and one line a row: the prediction, then the probability of every class."""
+        """Write a header and one line a row: the prediction, then the probability of every class.
+
+        A class whose name a spreadsheet would run as a formula gets an apostrophe before it.
+        """
         writer = csv.writer(file, lineterminator="\n")
         names = [f"probability of {name}" for name in self.classes or ()]
         writer.writerow(["prediction", *names])
         rows = self.probabilities.tolist() if self.probabilities is not None else [[] for _ in self.values]
         for value, row in zip(self.values, rows, strict=True):
             # Seven digits are what float32 holds.
-            shown = value if isinstance(value, str) else f"{value:.7g}"
+            shown = harmless(value) if isinstance(value, str) else f"{value:.7g}"
             writer.writerow([shown, *(f"{p:.7g}" for p in row)])
 
 
@@ -83,22 +88,39 @@ class SavedModel:
     preprocessor: Preprocessor = field(repr=False)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> SavedModel:
+    def load(cls, folder: str | os.PathLike[str], *, allow_code: bool = False) -> SavedModel:
         """Read a folder that `poise fit --save` wrote.
 
+        Args:
+            folder: what was saved.
+            allow_code: also where the model is made by the user's own factory ("package.module:factory"): loading then imports that
+                module and calls it, so say so only of a folder that you trust.
+
         Raises:
-            InputError: the folder holds no model, a damaged one, or one of a newer version.
+            InputError: the folder holds no model, a damaged one, one of a newer version, or one that needs `allow_code`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_model
 
-        from poise.tasks import build_model, preprocessor_from_dict
+        from poise.tasks import build_model
 
         place = Path(folder)
         config = _read_config(place)
+        if ":" in config["model"] and not allow_code:
+            raise InputError(
+                f"The model in {place} is made by code that is not in the folder: {config['model']!r}. Loading it imports that module and "
+                "calls it. If you trust the folder, pass allow_code=True (on the command line --allow-code)."
+            )
+        preprocessor = _preprocessor(place, config)
         task = config["task"]
         shape = tuple(task["image_shape"]) if task["image_shape"] else None
-        model = build_model(config["model"], tuple(task["input_shape"]), task["outputs"], image_shape=shape)
+
+        def build() -> nn.Module:
+            return build_model(config["model"], tuple(task["input_shape"]), task["outputs"], image_shape=shape)
+
+        if ":" not in config["model"]:
+            _check_size(place, build)
+        model = build()
         try:
             load_model(model, place / WEIGHTS)
         except (OSError, SafetensorError) as error:
@@ -109,7 +131,7 @@ class SavedModel:
             raise InputError(
                 f"The weights in {place} do not fit the model {config['model']!r}; has its code changed? ({error})"
             ) from None
-        return cls(config, model.eval(), preprocessor_from_dict(config["preprocessor"]))
+        return cls(config, model.eval(), preprocessor)
 
     def predict(
         self, data: str | os.PathLike[str] | Tensor, *, device: str = "auto", batch_size: int = 1024
@@ -130,6 +152,8 @@ class SavedModel:
         classes = self.config["task"]["classes"]
         where = choose_device(device)
         readout = Regression() if classes is None else Classification()
+        if not len(inputs):
+            raise InputError(f"{data if isinstance(data, str | os.PathLike) else 'The input'} has no rows to predict.")
         output = predict(self.model.to(where), inputs, readout, where, batch_size).cpu()
         if classes is None:
             target = self.config["target"]
@@ -218,14 +242,82 @@ def _read_config(place: Path) -> dict[str, Any]:
         raise InputError(
             f"{place} holds no saved model: {CONFIG} is not there. `poise fit DATA FORMULA --save {place}` writes one."
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged. Fit and save the model again.") from None
     if version != FORMAT:
-        made = config.get("versions", {}).get("poise", "another version")
+        versions = config.get("versions")
+        made = versions.get("poise") if isinstance(versions, dict) else None
         raise InputError(
-            f"{path} has format {version}, and this version reads {FORMAT}. It was written by Poise {made}."
+            f"{path} has format {version!r}, and this version reads {FORMAT}. It was written by Poise {made or 'of another version'}."
         )
+    fault = _fault(config)
+    if fault:
+        raise InputError(f"{path} is damaged: {fault}. Fit and save the model again.")
     return config
+
+
+def _fault(config: dict[str, Any]) -> str:
+    """Say what of a configuration is not as `save_model` writes it, as far as loading and predicting rest on it; empty for nothing."""
+    task, target = config.get("task"), config.get("target")
+    if not isinstance(config.get("model"), str):
+        return "model is no name"
+    if not isinstance(task, dict):
+        return "task is missing"
+    if not _is_shape(task.get("input_shape")):
+        return f"task.input_shape is {task.get('input_shape')!r}"
+    image = task.get("image_shape")
+    if "image_shape" not in task or (image is not None and not (_is_shape(image) and len(image) == 3)):
+        return f"task.image_shape is {image!r}"
+    outputs, classes = task.get("outputs"), task.get("classes")
+    if not _is_shape([outputs]):
+        return f"task.outputs is {outputs!r}"
+    if classes is None:
+        numbers = [target.get(name) for name in ("mean", "std")] if isinstance(target, dict) else [None]
+        if "classes" not in task or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            return "target has no mean and std"
+    elif not isinstance(classes, list) or len(classes) != outputs or not all(isinstance(c, str) for c in classes):
+        return f"task.classes are no {outputs} names"
+    return ""
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(n) is int and 1 <= n < 2**31 for n in value)
+
+
+def _preprocessor(place: Path, config: dict[str, Any]) -> Preprocessor:
+    """Rebuild the preprocessor, and see that it gives what the model reads."""
+    from poise.tasks import preprocessor_from_dict
+
+    try:
+        found = preprocessor_from_dict(config["preprocessor"])
+        shape = tuple(found.shape)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise InputError(
+            f"{place / CONFIG} is damaged: its preprocessor cannot be rebuilt ({error}). Fit and save the model again."
+        ) from None
+    if shape != tuple(config["task"]["input_shape"]):
+        raise InputError(
+            f"{place / CONFIG} is damaged: its preprocessor gives {list(shape)}, and the model reads {config['task']['input_shape']}. Fit "
+            "and save the model again."
+        )
+    return found
+
+
+def _check_size(place: Path, build: Callable[[], nn.Module]) -> None:
+    """Refuse a model that is larger than its weights in the file, before it takes the memory."""
+    try:
+        with torch.device("meta"):
+            needed = sum(p.numel() * p.element_size() for p in build().parameters())
+        size = (place / WEIGHTS).stat().st_size
+    except OSError as error:
+        raise InputError(f"{place / WEIGHTS} is missing or damaged ({error}). Fit and save the model again.") from None
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise InputError(f"{place / CONFIG} is damaged: no model has its shapes ({_first_line(error)}).") from None
+    if needed > size:
+        raise InputError(
+            f"{place / WEIGHTS} is missing or damaged: the model that {CONFIG} names has {needed:,} bytes of weights, and the file has "
+            f"{size:,}. Fit and save the model again."
+        )
 
 
 def _export(model: nn.Module, task: Task) -> Any:

@@ -199,7 +199,7 @@ def read_config(path: Path) -> StudyConfig:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and for deep nesting
         raise InputError(f"{path} is not a TOML file: {error}.") from error
     return build_config(content, origin=str(path))
 

@@ -22,6 +22,8 @@ from poise.errors import StoreError
 from poise.studies.spec import Curves
 
 FORMAT = 1
+# Of the curves of one run, unpacked: far beyond any real run, and what a damaged or hostile store may take at most.
+_MOST_BYTES = 256 << 20
 ArrayCurves = dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 
@@ -67,12 +69,17 @@ def unpack_arrays(data: bytes) -> ArrayCurves:
         StoreError: the bytes are damaged.
     """
     try:
-        raw = memoryview(zlib.decompress(data))
+        unpacking = zlib.decompressobj()
+        raw = memoryview(unpacking.decompress(data, _MOST_BYTES))
+        if not unpacking.eof:
+            raise ValueError(f"they end too early, or hold more than {_MOST_BYTES:,} bytes")
         (length,) = struct.unpack_from("<I", raw)
         header = json.loads(bytes(raw[4 : 4 + length]))
         position = 4 + length
         grids = []
         for count in header["grids"]:
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"a curve of {count!r} steps")
             grids.append(_grid(bytes(_piece(raw, position, 8 * count))))
             position += 8 * count
         curves: ArrayCurves = {}
@@ -83,7 +90,16 @@ def unpack_arrays(data: bytes) -> ArrayCurves:
             rows = _from_planes(raw, position, len(steps), "<f4", len(names))
             curves |= {name: (steps, row) for name, row in zip(names, rows, strict=True)}
             position += 4 * len(steps) * len(names)
-    except (zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError) as error:
+    except (
+        zlib.error,
+        struct.error,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise StoreError(f"The curves of a run are damaged and cannot be read ({error}).") from error
     return curves
 

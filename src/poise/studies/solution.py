@@ -22,6 +22,7 @@ from poise.errors import IncompatibleError, InputError, PoiseWarning
 from poise.formula import parse
 from poise.objective import Objective
 from poise.solving import PathPoint, minimize, solve_path
+from poise.spreadsheet import harmless
 from poise.structure import composite_of
 
 if TYPE_CHECKING:
@@ -143,16 +144,7 @@ class SolutionSummary:
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[_harmless(cell) for cell in row] for row in rows])
-
-
-def _harmless(cell: str) -> str:
-    """A name that a spreadsheet would run as a formula is kept as text."""
-    try:
-        float(cell)
-    except ValueError:
-        return "'" + cell if cell[:1] in "=+-@\t\r" else cell
-    return cell
+        csv.writer(file).writerows([[harmless(cell) for cell in row] for row in rows])
 
 
 def _finite(value: Any) -> Any:

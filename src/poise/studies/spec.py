@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 # Raise it when a change of Poise makes the same specification give another result.
 PROTOCOL = 1
@@ -221,8 +222,8 @@ class RunRecord:
 
 def _changed(spec: DataSpec | RunSpec) -> dict[str, Any]:
     """Return the fields without a default, and those whose value is another."""
-    values = vars(spec)
-    return {name: values[name] for name, default in _defaults(type(spec)) if values[name] != default}
+    values, kind = vars(spec), cast("Hashable", type(spec))
+    return {name: values[name] for name, default in _defaults(kind) if values[name] != default}
 
 
 @cache

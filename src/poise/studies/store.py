@@ -241,7 +241,7 @@ class Store:
             self._check_format(run, layout)
         curves: Curves = compact.unpack(data) if data is not None else {}
         try:
-            return RunRecord(
+            record = RunRecord(
                 id=run,
                 spec=RunSpec.from_json(spec) if known is None else known,
                 status=status,
@@ -255,7 +255,9 @@ class Store:
                 started=started,
                 **_context(context),
             )
-        except (ValueError, TypeError, KeyError) as problem:
+            _check(record)
+            return record
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as problem:
             raise StoreError(f"Run {run} in {self.path} is damaged and cannot be read ({problem}).") from problem
 
     def _check_format(self, run: str, layout: int) -> None:
@@ -278,7 +280,12 @@ class Store:
         """Return the JSON value under a key."""
         with self._translated("read"):
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        try:
+            return default if row is None else json.loads(row[0])
+        except (ValueError, TypeError, RecursionError) as problem:
+            raise StoreError(
+                f"What {self.path} says of {key!r} is damaged and cannot be read ({problem})."
+            ) from problem
 
     def close(self) -> None:
         """Close the file."""
@@ -303,6 +310,42 @@ def _context(text: str) -> dict[str, Any]:
 def _context_of(text: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(text)
     return found
+
+
+def _check(record: RunRecord) -> None:
+    """Raise TypeError where a record is not of the kinds that its fields have."""
+    texts = (record.id, record.error, record.detail, record.started)
+    numbers = (
+        record.seconds,
+        record.peak_memory_bytes,
+        record.steps,
+        record.attempts,
+        record.spec.seed,
+        record.spec.lr,
+    )
+    said: tuple[tuple[str, Any, type | tuple[type, ...]], ...] = (
+        ("metrics", record.metrics, (int, float)),
+        ("sizes", record.sizes, int),
+        ("versions", record.versions, str),
+        ("machine", record.machine, str),
+    )
+    if record.status not in ("done", "failed") or not all(isinstance(text, str) for text in texts):
+        raise TypeError("its status or a text is of another kind")
+    if not all(isinstance(number, int | float) and abs(number) < 1e15 for number in numbers):
+        raise TypeError("a number of it is none")
+    for name, table, kind in said:
+        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+            raise TypeError(f"its {name} are of another kind")
+    if any(isinstance(value, int) and abs(value) > 2**62 for value in record.metrics.values()):
+        raise TypeError("a metric of it is too large")
+    if not isinstance(record.warnings, list) or not all(isinstance(text, str) for text in record.warnings):
+        raise TypeError("its warnings are no texts")
+    if (
+        not isinstance(record.details, dict)
+        or not isinstance(record.spec.formula, str)
+        or not isinstance(record.spec.model, str)
+    ):
+        raise TypeError("its details or its specification are of another kind")
 
 
 def _explain(path: Path, action: str, error: Exception) -> str:

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from poise.errors import InputError, StoreError, nearest
+from poise.errors import InputError, PoiseError, StoreError, nearest
 from poise.metrics import rises
 from poise.studies.config import StudyConfig, build_config, read_config
 from poise.studies.engine import Engine, LocalEngine, RunEvent
@@ -277,9 +277,17 @@ class Study:
             config = build_config(content, origin=f"the study in {folder}")
             study = cls.from_config(config, folder)
             described = _task_from_meta(task)
-            plan = study._plan(config, described)
-            plan.feed(store.records(known=plan.specs))
-            return summarize(plan, described, store.curves)
+            try:
+                plan = study._plan(config, described)
+                plan.feed(store.records(known=plan.specs))
+                return summarize(plan, described, store.curves)
+            except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+                if isinstance(error, PoiseError):
+                    raise
+                # The store was changed by another hand: every part is of its kind, and they do not belong together.
+                raise StoreError(
+                    f"The store in {folder} is damaged: its runs do not fit its study ({type(error).__name__}: {error})."
+                ) from error
 
     @cached_property
     def task(self) -> AnyTask:
@@ -629,7 +637,27 @@ def _task_from_meta(content: dict[str, Any]) -> TaskSummary:
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
     }
-    return TaskSummary(**fields)
+    texts, lists, numbers = (
+        ("name", "source", "target_type", "fingerprint", "primary"),
+        ("classes", "notes", "warnings"),
+        ("examples",),
+    )
+    try:
+        described = TaskSummary(**fields)
+        whole = all(isinstance(getattr(described, name), str) for name in texts)
+        whole &= all(isinstance(t, str) for name in lists for t in getattr(described, name))
+        whole &= all(isinstance(getattr(described, name), int) for name in numbers)
+        whole &= all(isinstance(n, int) for n in (*described.sizes.values(), *described.input_shape))
+        whole &= all(
+            isinstance(getattr(described, name), tuple) for name in (*lists, "input_shape")
+        ) and described.direction in ("max", "min")
+        # The page writes them out; Python refuses to print what has more digits than this.
+        whole &= all(abs(n) < 2**63 for n in (described.examples, *described.sizes.values(), *described.input_shape))
+    except (TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise StoreError("The store is damaged: what it says of the data is not whole. Run the study again.")
+    return described
 
 
 def _absolute(location: str | None) -> str | None:
@@ -643,11 +671,18 @@ def _beside(file: Path, location: str | None) -> str | None:
     """Return a path that the file names relative to itself, where it exists there and not from here."""
     from poise.tasks.load import is_embedded
 
-    if location is None or is_embedded(location) or Path(location).exists():
+    if location is None or is_embedded(location):
         return location
-    beside = file.parent / Path(location).name
-    relative = file.parent / location
-    return str(relative) if relative.exists() else str(beside) if beside.exists() else location
+    try:
+        if Path(location).exists():
+            return location
+        beside = file.parent / Path(location).name
+        relative = file.parent / location
+        return str(relative) if relative.exists() else str(beside) if beside.exists() else location
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} names {location[:80]!r} as its data, which no file can be called: {error}."
+        ) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """NumPy files: an NPY matrix becomes a table, an NPZ gives inputs and targets.
 
 Nothing is unpickled: `allow_pickle` is False throughout, so that opening a file never runs code. The size that a header announces is
-checked against the file (NPY) and the free memory before anything is allocated.
+checked against the file (NPY) or what its archive says (NPZ) and the free memory before anything is allocated.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from poise.tasks.memory import check_memory
 from poise.tasks.table import Categories, Column, Table, spread_fits_float32, whole_numbers_fit_float32
 
 INPUT_KEYS = ("input", "inputs", "x", "X", "x_train", "X_train", "data", "images", "features")
+_LONGEST_HEADER = 10_000
+# An archive may unpack to this much whatever its own size, and to a hundred times its size in any case; real data do not shrink more.
+_UNPACKED, _SHRUNK = 256 << 20, 100
 TARGET_KEYS = ("target", "targets", "y", "y_train", "label", "labels")
 
 
@@ -139,11 +144,19 @@ def _check_npy_header(path: Path) -> None:
 
 def _header(file: Any, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
-        version = np.lib.format.read_magic(file)
+        head = file.read(8)
+        version = np.lib.format.read_magic(io.BytesIO(head))
+        size = file.read(2 if version == (1, 0) else 4)
+        (length,) = struct.unpack("<H" if version == (1, 0) else "<I", size)
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"its header announces {length} bytes of its own")
+        whole = io.BytesIO(size + file.read(length))
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a whole NPY file: {str(error).splitlines()[0]}.") from error
+        shape, _, dtype = read(whole)
+    except Exception as error:  # NumPy's parser and the codecs of archives raise whatever they like for damaged bytes
+        raise InputError(f"{path} is not a whole NPY file: {_first_line(error)}.") from error
+    if any(size < 0 for size in shape):
+        raise InputError(f"{path} is not a whole NPY file: its header announces the shape {list(shape)}.")
     if dtype.hasobject:
         raise InputError(
             f"{path} holds pickled Python objects, which Poise never loads: opening them could run code. Save "
@@ -155,8 +168,8 @@ def _header(file: Any, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _load(path: Path) -> np.ndarray[Any, Any]:
     try:
         array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a whole NPY file: {str(error).splitlines()[0]}.") from error
+    except Exception as error:  # as for its header
+        raise InputError(f"{path} is not a whole NPY file: {_first_line(error)}.") from error
     return array
 
 
@@ -166,20 +179,38 @@ def _load_archive(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             needed = 0
+            short: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []
             for entry in archive.infolist():
+                _reject_bomb(path, entry)
                 with archive.open(entry) as member:
                     shape, dtype = _header(member, path)
-                needed += int(np.prod(shape, dtype=object)) * dtype.itemsize
+                size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+                short += [(entry.filename, shape, dtype)] if size > entry.file_size else []
+                needed += size
         # The arrays and their float32 copy are in memory together for a moment.
         check_memory(2 * needed, f"Loading {path}")
+        for name, shape, dtype in short:
+            raise InputError(
+                f"{path} is not a whole NPZ archive: {name!r} announces {list(shape)} values of {dtype} and ends before that."
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # whatever an archive's codecs and NumPy raise for damaged bytes
+        raise InputError(f"{path} is not a whole NPZ archive; it may be truncated: {_first_line(error)}.") from error
+
+
+def _reject_bomb(path: Path, entry: zipfile.ZipInfo) -> None:
+    if entry.file_size > max(_UNPACKED, _SHRUNK * entry.compress_size):
         raise InputError(
-            f"{path} is not a whole NPZ archive; it may be truncated: {str(error).splitlines()[0]}."
-        ) from error
+            f"{path} holds {entry.filename!r}, {entry.compress_size:,} bytes that unpack to {entry.file_size:,}: that is how an archive "
+            "made to fill the memory looks. Save the arrays again with np.savez, uncompressed, if they are really so."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _target_key(path: Path, names: list[str], label: str | None) -> str:
@@ -218,9 +249,13 @@ def _column(name: str, array: np.ndarray[Any, Any]) -> Column:
     if array.ndim != 1:
         raise InputError(f"Column {name!r} has shape {list(array.shape)}; expected one value a row.")
     if array.dtype.kind in "USb":
-        text = array.astype(str) if array.dtype.kind != "S" else np.char.decode(array, "utf-8", "strict")
-        values, codes = np.unique(text, return_inverse=True)
-        return Categories(torch.from_numpy(codes.astype(np.int32)), tuple(str(value) for value in values))
+        try:
+            text = array.astype(str) if array.dtype.kind != "S" else np.char.decode(array, "utf-8", "strict")
+            values, codes = np.unique(text, return_inverse=True)
+            names = tuple(str(value) for value in values)
+        except (UnicodeError, SystemError, ValueError) as error:  # NumPy hands on any bytes as code points
+            raise InputError(f"Column {name!r} holds bytes that are no text in UTF-8.") from error
+        return Categories(torch.from_numpy(codes.astype(np.int32)), names)
     if array.dtype.kind not in "iuf":
         raise InputError(f"Column {name!r} has the type {array.dtype}; expected numbers or text.")
     fits = (

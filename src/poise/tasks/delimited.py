@@ -115,7 +115,12 @@ def _dialect(path: Path, head: bytes) -> tuple[_Dialect, list[str]]:
         raise InputError(f"{path} has no line end in its first megabyte, so it is not a table with one row a line.")
     header = _decode(path, head[:end] if end is not None else head)
     delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _delimiter(header)
-    names = tuple(name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter)))
+    try:
+        names = tuple(name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter)))
+    except csv.Error as error:
+        raise InputError(
+            f"{path} is broken in its header line: {error}. Write each name in quotation marks or without any."
+        ) from error
     if len(names) > _MOST_COLUMNS:
         raise InputError(
             f"{path} has {len(names)} columns; Poise reads tables of at most {_MOST_COLUMNS}. Is it transposed, or is the delimiter wrong?"

@@ -17,6 +17,8 @@ from poise.errors import InputError
 from poise.tasks.memory import check_memory
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+# What these names may hold. Pillow would open anything that it knows by its first bytes: a PostScript file named .png starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # 50 million pixels: beyond every camera's usual file, far below what a bomb unpacks to.
 MOST_PIXELS = 50_000_000
 
@@ -126,7 +128,7 @@ def _open(file: Path) -> Any:
         with warnings.catch_warnings():
             # Pillow only warns of a bomb up to twice its own limit; ours is checked from the header, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.size[0] * image.size[1] > MOST_PIXELS:
                     raise InputError(
                         f"{file} announces {image.size[0]} x {image.size[1]} pixels; Poise decodes at most {MOST_PIXELS:,} in one image."
@@ -146,7 +148,7 @@ def _mode(file: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return str(image.mode)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{file} is a broken image: {str(error).splitlines()[0]}. Replace or remove it.") from error

@@ -39,7 +39,9 @@ def read_parquet(path: str | os.PathLike[str]) -> Table:
             builder = TableBuilder(kinds, file.metadata.num_rows)
             for batch in _batches(file):
                 builder.append(batch.schema.names, (_plain(array) for array in batch.columns))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # ValueError: names that are no UTF-8
         raise InputError(
             f"{path} is not a whole Parquet file; it may be truncated or of another format: {str(error).splitlines()[0]}"
         ) from error

@@ -116,6 +116,11 @@ class TablePreprocessor:
     scales: Tensor
     seen: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example, as the model reads it."""
+        return (self.layout.width,)
+
     def transform(self, table: Table) -> Tensor:
         """Turn a table with the layout's columns into float32 `[rows, width]`; its text may have another vocabulary.
 
@@ -175,13 +180,33 @@ class TablePreprocessor:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> TablePreprocessor:
-        """Rebuild what `to_dict` returned."""
+        """Rebuild what `to_dict` returned.
+
+        Raises:
+            InputError: the parts do not belong together.
+        """
         categories = {name: tuple(values) for name, values in state["categories"].items()}
         layout = Layout(tuple(state["numbers"]), tuple(state["indicators"]), categories)
+        texts = [
+            *layout.numbers,
+            *layout.indicators,
+            *(v for values in categories.values() for v in values if v is not None),
+        ]
+        sizes = [len(state[name]) for name in ("medians", "means", "scales")]
+        expected = sum(len(values) for values in categories.values())
+        if not all(isinstance(text, str) for text in texts) or not set(layout.indicators) <= set(layout.numbers):
+            raise InputError("A column or a category of the preprocessor has no name.")
+        if sizes != 3 * [len(layout.numbers)] or len(state["seen"]) != expected or layout.width > MOST_INPUTS:
+            raise InputError("The preprocessor has more or fewer numbers than columns.")
         medians, means, scales = (
-            torch.tensor(state[name], dtype=torch.float64) for name in ("medians", "means", "scales")
+            torch.tensor(state[name], dtype=torch.float64).flatten() for name in ("medians", "means", "scales")
         )
-        return cls(layout, medians, means, scales, torch.tensor(state["seen"], dtype=torch.bool))
+        if not all(len(values) == len(layout.numbers) for values in (medians, means, scales)):
+            raise InputError("The preprocessor has more or fewer numbers than columns.")
+        seen = torch.tensor(state["seen"], dtype=torch.bool).flatten()
+        if len(seen) != expected:
+            raise InputError("The preprocessor has more or fewer categories than it has seen.")
+        return cls(layout, medians, means, scales, seen)
 
 
 @dataclass(frozen=True)
@@ -200,7 +225,7 @@ class ArrayPreprocessor:
         Raises:
             InputError: examples of another size.
         """
-        if inputs[0].numel() != int(np.prod(self.shape)):
+        if int(np.prod(inputs.shape[1:])) != int(np.prod(self.shape)):
             raise InputError(f"Expected examples of shape {list(self.shape)}, got {list(inputs.shape[1:])}.")
         scaled = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
         return scaled.reshape(len(inputs), *self.shape)
@@ -223,7 +248,11 @@ Preprocessor = TablePreprocessor | ArrayPreprocessor
 
 
 def preprocessor_from_dict(state: Mapping[str, Any]) -> Preprocessor:
-    """Rebuild a preprocessor from its `to_dict`."""
+    """Rebuild a preprocessor from its `to_dict`.
+
+    Raises:
+        InputError: its parts do not belong together.
+    """
     return TablePreprocessor.from_dict(state) if state["kind"] == "table" else ArrayPreprocessor.from_dict(state)
 
 

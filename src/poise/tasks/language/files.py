@@ -24,6 +24,8 @@ FORMATS = (
 _LINES = (".jsonl", ".json", ".ndjson")
 _PARQUET = (".parquet", ".pq")
 _BATCH_ROWS = 4_096
+# A line holds one record, and a list all of them; a compressed file of a few megabytes could hold a line of many gigabytes.
+_LONGEST_LINE, _LONGEST_LIST = 64 << 20, 256 << 20
 
 
 class Unusable(ValueError):
@@ -90,9 +92,18 @@ def _text(path: Path, zipped: bool) -> Iterator[Row | BadRow]:
         try:
             first = _first_byte(path, file)
             if first == b"[":
-                yield from _json_list(path, file.read())
+                whole = file.read(_LONGEST_LIST + 1)
+                if len(whole) > _LONGEST_LIST:
+                    raise InputError(
+                        f"{path} is a JSON list of more than {_LONGEST_LIST >> 20} MB, which is in memory as a whole. Save it "
+                        "as JSON lines, one object a line; those are read row by row."
+                    )
+                yield from _json_list(path, whole)
                 return
-            for line, raw in enumerate(file, start=1):
+            for line, raw in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+                if len(raw) >= _LONGEST_LINE and not raw.endswith(b"\n"):
+                    yield BadRow(line, f"a line of more than {_LONGEST_LINE >> 20} MB; nothing after it is read")
+                    return
                 if raw.strip():
                     yield _json_line(line, raw)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -106,8 +117,10 @@ def _first_byte(path: Path, file: IO[bytes]) -> bytes:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path} is not UTF-8: it begins with a UTF-16 mark. Save it as UTF-8 and try again.")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    while head and not start:
-        head = file.read(4_096)
+    read = len(head)
+    while head and not start and read < _LONGEST_LINE:
+        head = file.read(1 << 20)
+        read += len(head)
         start = head.lstrip()
     if not start:
         raise InputError(f"{path} is empty. Expected one JSON object a line.")
@@ -122,7 +135,7 @@ def _json_line(line: int, raw: bytes) -> Row | BadRow:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(line, f"not UTF-8 at byte {error.start} of the line")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         return BadRow(line, f"not a whole JSON object ({error}); every line must hold one")
     return _object(line, value)
 
@@ -149,7 +162,7 @@ def _json_list(path: Path, raw: bytes) -> Iterator[Row | BadRow]:
             return
         try:
             value, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             # What follows cannot be told apart any more, so this is the last row.
             yield BadRow(line, f"the JSON list breaks here ({error})")
             return
@@ -165,7 +178,9 @@ def _parquet(path: Path) -> Iterator[Row | BadRow]:
             if not file.metadata.num_rows:
                 raise InputError(f"{path} has no rows.")
             yield from _batches(file.iter_batches(batch_size=_BATCH_ROWS), 0)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # ValueError: names that are no UTF-8
         raise InputError(
             f"{path} is not a whole Parquet file; it may be truncated or of another format: {str(error).splitlines()[0]}"
         ) from error
@@ -181,7 +196,7 @@ def _batches(batches: Any, start: int) -> Iterator[Row | BadRow]:
 
 def _folder(path: Path, part: str | None) -> Iterator[Row | BadRow]:
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        names = _parts(path)
         chosen = part or (names[0] if len(names) == 1 else "train")
         if chosen not in names:
             raise InputError(f"{path} has no part {chosen!r}; it has {', '.join(names)}. Name one of them.")
@@ -195,6 +210,27 @@ def _folder(path: Path, part: str | None) -> Iterator[Row | BadRow]:
     return _arrow(path)
 
 
+def _parts(path: Path) -> list[str]:
+    try:
+        names: list[str] = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("splits is no list of names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a whole `datasets` folder: {error}. Save or fetch it again.") from error
+    for name in names:
+        _member(path, name)
+    return names
+
+
+def _member(folder: Path, name: Any) -> Path:
+    """The file or folder of this name directly inside a folder; a name that leads elsewhere is refused."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise InputError(
+            f"{folder} names {name!r} as one of its parts; a part lies in the folder itself. Save or fetch it again."
+        )
+    return folder / name
+
+
 def _arrow(path: Path) -> Iterator[Row | BadRow]:
     import pyarrow as pa
 
@@ -202,11 +238,13 @@ def _arrow(path: Path) -> Iterator[Row | BadRow]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for entry in state["_data_files"]:
-            with pa.memory_map(str(path / entry["filename"])) as source, pa.ipc.open_stream(source) as stream:
+            with pa.memory_map(str(_member(path, entry["filename"]))) as source, pa.ipc.open_stream(source) as stream:
                 for batch in stream:
                     yield from _batches([batch], rows)
                     rows += batch.num_rows
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a whole `datasets` folder: {error}. Save or fetch it again.") from error
     if not rows:
         raise InputError(f"{path} has no rows.")
