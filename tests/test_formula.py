@@ -260,3 +260,25 @@ def test_a_schedule_without_a_length_needs_to_know_the_run() -> None:
         poise.linear(0, 1).value(Clock())
     assert poise.linear(0, 1).value(Clock(step=50, steps=100)) == 0.5
     assert poise.rampup(2).value(Clock(step=0, steps=100)) == pytest.approx(2 * 0.0067379, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("formula", "words"),
+    [
+        ("constraint(3, upper=1)", "constraint"),
+        ("rampup('x')*l2", "must be a number"),
+        ("linear([1], 2)*l2", "must be a number"),
+        ("l2.named('__class__')", "PyTorch"),
+        ("l2.named('keys')", "PyTorch"),
+        ("cross_entropy with \ud800", "forbidden"),
+        ("focal(gamma=1" + "0" * 400 + ")", "digits|too large|focal"),
+    ],
+)
+def test_what_fuzzing_found_is_refused_in_words(formula, words):
+    with pytest.raises(poise.errors.PoiseError, match=words):
+        str(poise.parse(formula))
+
+
+def test_a_sum_of_nothing_keeps_its_parts():
+    once = str(poise.parse("0*l2 with compand(learn=True)"))
+    assert str(poise.parse(once)) == once

@@ -33,6 +33,10 @@ def parse_call(text: str, known: Iterable[str], kind: str, example: str) -> tupl
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise FormulaError(f"a {kind} reads like {example}, but it is {text!r}: {error.msg}.") from error
+    except (ValueError, RecursionError, MemoryError):
+        raise FormulaError(
+            f"a {kind} reads like {example}; this text is nested too deeply or holds forbidden characters."
+        ) from None
     call = tree if isinstance(tree, ast.Call) else None
     target = call.func if call else tree
     if not isinstance(target, ast.Name) or (call and call.args):

@@ -224,9 +224,14 @@ def text(coefficient: Number | Coefficient, binding: int = 1) -> str:
     """
     if isinstance(coefficient, Coefficient):
         return f"({coefficient})" if coefficient.binding < binding else str(coefficient)
-    if not math.isfinite(coefficient):
+    try:
+        number = float(coefficient)
+    except OverflowError:
+        raise InputError("A weight must be a number below 1e308, and this one has hundreds of digits.") from None
+    except (TypeError, ValueError):
+        raise InputError(f"A weight must be a number, and this one is a {type(coefficient).__name__}.") from None
+    if not math.isfinite(number):
         raise InputError(f"A weight must be a finite number, and this one is {coefficient}.")
-    number = float(coefficient)
     shown = str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
     return f"({shown})" if number < 0 and binding > 1 else shown
 

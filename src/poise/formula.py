@@ -77,7 +77,7 @@ class _Reader:
         if isinstance(result, Objective):
             return Objective(result.summands, [*result.parts, *(part_text(part) for part in parts)])
         if isinstance(result, Number) and result == 0:
-            return Objective()
+            return Objective((), [part_text(part) for part in parts])
         raise FormulaError(
             f"This formula is a weight without a term: {self.given.strip()!r}. Write for instance '{body}*cross_entropy'."
         )
@@ -322,6 +322,11 @@ class _Reader:
             return maker(*positional, **keywords)
         except (ValueError, TypeError) as error:
             raise self._error(node, _sentence(name, error)) from None
+        except Exception as error:
+            # An argument of a kind that nobody foresaw: the term stumbled over it, and where it stands is what helps.
+            raise self._error(
+                node, f"{name} cannot be made of these arguments ({type(error).__name__}: {error})."
+            ) from None
 
 
 def _sentence(name: str, error: Exception) -> str:

@@ -607,6 +607,8 @@ class Objective(nn.Module):
         """Give the one term of this objective another name in reports and in saved state."""
         if len(self.summands) != 1:
             raise InputError(f".named({name!r}) names one term, and this objective has {len(self.summands)}: {self}.")
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise InputError(f".named({name!r}): a name is a word without dots that PyTorch does not use itself.")
         return self._like([replace(self.summands[0], name=name)])
 
     def __str__(self) -> str:

@@ -38,17 +38,10 @@ def test_many_hostile_cases(kind: str, tmp_path: Path) -> None:
     check(run_cases(kind, 100_000, MANY[kind], tmp_path, seconds=1_700), MANY[kind])
 
 
-FOREIGN = pytest.mark.xfail(
-    reason="the reader of formulas hands on what a term raises other than ValueError and TypeError", strict=False
-)
-
-
-@FOREIGN
 def test_two_thousand_hostile_formulas(tmp_path: Path) -> None:
     check(run_cases("formula", 0, 2_000, tmp_path), 2_000)
 
 
-@FOREIGN
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shard", range(FORMULAS // SHARD))

@@ -94,7 +94,8 @@ class SupervisedDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cl
 
     Attributes:
         components_: [r, p], `W'`. codes_: [n, r]. coef_: [kappa, r]. covariate_coef_: [kappa, q]. intercept_: [kappa].
-        classes_, objective_, objective_path_, reconstruction_error_, xi_, threshold_, n_iter_.
+        objective_: at the end; `objective_path_` on the way. reconstruction_error_, xi_, threshold_, n_iter_: what was reached and used.
+        classes_: labels, in order.
         optimality_: `OptimalityReport`.
 
     A sample weight counts a sample that often, in both losses. NaN is a missing entry; with "filter" the classifier reads the mean there.

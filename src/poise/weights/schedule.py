@@ -44,6 +44,18 @@ def _share(clock: Clock, steps: int | None, epochs: float | None, after: float) 
     return min(1.0, max(0.0, over / span))
 
 
+def _check_numbers(schedule: Any) -> None:
+    """Refuse, by name, an argument that is neither a finite number nor left out."""
+    for field in fields(schedule):
+        value = getattr(schedule, field.name)
+        if isinstance(value, float | int) and not math.isfinite(value):
+            raise InputError(f"{type(schedule).__name__}: {field.name} must be finite, and it is {value}.")
+        if not isinstance(value, float | int | str | None) or (
+            isinstance(value, str) and not isinstance(field.default, str)
+        ):
+            raise InputError(f"{type(schedule).__name__}: {field.name} must be a number, and it is {value!r}.")
+
+
 def _check_span(name: str, steps: int | None, epochs: float | None, after: float) -> None:
     if steps is not None and epochs is not None:
         raise InputError(f"{name}: give its length in steps or in epochs, not in both.")
@@ -67,6 +79,7 @@ class _Path(Coefficient):
     after: float = 0
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_span(type(self).__name__, self.steps, self.epochs, self.after)
 
     def at(self, t: float) -> float:
@@ -129,6 +142,7 @@ class rampup(Coefficient):
     after: float = 0
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check_span("rampup", self.steps, self.epochs, self.after)
 
     def value(self, clock: Clock) -> float:
